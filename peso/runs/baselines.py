@@ -223,7 +223,8 @@ class BaselineRun:
     def computed(self, stage: int) -> StageSummary:
         """The predictions for a stage of a baseline that needs no earlier state; nothing is stored."""
         learned, _ = self._learn(stage, None, Silent())
-        return StageSummary(self._test(learned, stage, Silent()), leaves_out_seen=not learned.repeats)
+        found = self._test(learned, stage, Silent()).named(self.workspace.names)
+        return StageSummary(found, leaves_out_seen=not learned.repeats)
 
     def _learn(
         self, stage: int, aside: Path | None, observer: Observer

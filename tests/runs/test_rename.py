@@ -416,6 +416,17 @@ def test_a_report_matches_items_that_one_workspace_has_renamed(workspace: Worksp
 
 
 @pytest.mark.slow
+def test_popularity_that_is_computed_for_a_report_has_the_new_names(workspace: Workspace) -> None:
+    target = workspace.trained().predictions.targets[0]
+    rename(workspace, [(target, "mine")])
+    shutil.rmtree(workspace.root / "baselines", ignore_errors=True)
+    run, popularity = runs_of([workspace])
+    assert popularity.name == "popularity"
+    for number, stage in popularity.stages.items():
+        assert [*stage.predictions.targets] == [*run.stages[number].predictions.targets]
+
+
+@pytest.mark.slow
 def test_a_report_leaves_items_of_another_log_their_names(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
