@@ -24,7 +24,8 @@ SECONDS = 60
 STICKS_OUT = """
 [...document.querySelectorAll('body *')].filter(element => {
   const box = element.getBoundingClientRect();
-  return box.width && (box.right > innerWidth + 1 || box.left < -1) && !element.closest('.scroll, pre, svg');
+  const outside = box.width && (box.right > innerWidth + 1 || box.left < -1);
+  return outside && !element.closest('.scroll, nav, pre, svg');
 }).map(element => element.outerHTML.slice(0, 80))
 """
 # Contrast of the text with what lies behind it (WCAG 2, relative luminance), the worst of the page

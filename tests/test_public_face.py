@@ -15,6 +15,7 @@ import yaml
 
 import peso
 from peso.errors import ExportError, UsageError
+from peso.runs import pipeline
 from peso.runs.workspace import Workspace
 
 pytestmark = pytest.mark.slow
@@ -121,6 +122,15 @@ def test_run_takes_a_file_a_mapping_or_a_configuration_and_resumes(
     with pytest.raises(peso.PesoError, match=r"training\.epoch"):
         peso.run(TREE, tmp_path / "w", overrides=["training.epoch=3"])
     assert not (tmp_path / "w").exists()
+
+
+def test_the_report_of_a_run_compares_the_newest_model_with_the_previous_one(tmp_path: Path) -> None:
+    finished = peso.run(TREE, tmp_path / "w", overrides=["evaluation.enabled=true", "evaluation.k=[5]"])
+    page = (finished.report_directory / "index.html").read_text(encoding="utf-8")
+    summary = page.index("The model after stage 1 is ")
+    assert "the model after stage 0 on the " in page[summary : page.index("</p>", summary)]
+    assert page.count("<h4>After stage 0</h4>") == page.count("<h4>After stage 1</h4>") > 0
+    assert list(pipeline.missing_steps(finished, 2, previous=True)) == []
 
 
 def test_run_holds_the_lock(finished: Workspace) -> None:

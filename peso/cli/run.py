@@ -29,6 +29,8 @@ def run(
 ) -> None:
     """Do all steps of CONFIG that are not done yet: ingest, tokenize, train and test the stages, report.
 
+    The report compares the newest model with the previous one on the newest stage's test cases.
+
     The command can be interrupted at any time: run it again to continue, with the same result. Several
     processes can work together: torchrun --nproc-per-node 2 -m peso run CONFIG -w W
     (docs/how-to/several-processes.md).
@@ -53,7 +55,7 @@ def run(
 
         if (sizes := sizes_for(root, resolved)) is not None:  # otherwise printed when the data are read
             say(str(sizes))
-        plan = estimate(preview, observer=watcher())
+        plan = estimate(preview, observer=watcher(), previous=True)
         if not plan:
             say(f"{root}: everything is done")
             return

@@ -85,7 +85,10 @@ class Speed:
 
 
 def estimate(
-    workspace: Workspace, speeds: dict[bool, Speed] | None = None, observer: Observer | None = None
+    workspace: Workspace,
+    speeds: dict[bool, Speed] | None = None,
+    observer: Observer | None = None,
+    previous: bool = False,
 ) -> list[Estimate]:
     """The missing steps of a run, with minutes, memory and disk.
 
@@ -94,6 +97,7 @@ def estimate(
         speeds: measured speeds of runs of the same shape, keyed by whether the whole backbone is trained;
             missing ones are measured and added.
         observer: receives the progress of reading the data; by default nothing is printed.
+        previous: see :func:`peso.runs.pipeline.run`.
 
     Raises:
         PesoError: as the run itself would, for invalid data or an unusable backbone.
@@ -102,7 +106,7 @@ def estimate(
         config, stream = source.config, source.stream
         require_sizes(stream.manifest, config)
         workspace, name = workspace.with_config(config), config.backbone.name
-        missing = list(pipeline.missing_steps(workspace, stream.stages))
+        missing = list(pipeline.missing_steps(workspace, stream.stages, previous))
         if name in assets.names("backbone") and assets.find(name) is None:
             note = f"`peso run` downloads the backbone; for an estimate run `peso pull {name}` first"
             return [Estimate(step, note="" if step.stage is None else note) for step in missing]
@@ -116,7 +120,7 @@ def estimate(
             whole = trains_backbone(workspace.stage(step.stage))
             if whole not in speeds:
                 speeds[whole] = _measure(source, stream.stage(0), whole)
-            stage = stream.stage(step.stage)
+            stage = stream.stage(step.stage if step.on is None else step.on)
             result.append(
                 _stage_estimate(workspace, step, stage, speeds[whole], trainings.get(step.stage, []))
             )
@@ -195,7 +199,7 @@ def _stage_estimate(
     cases, strategy = len(stage.eligible()), strategy_of(workspace)
     if step.name == "test":
         disk = cases * BYTES_A_PREDICTION / 2**20
-        passes = strategy.passes_per_answer if stage.number else 1
+        passes = strategy.passes_per_answer if step.stage else 1
         return Estimate(step, cases * speed.test * passes / 60, speed.memory_gib, disk, f"{cases:,} cases")
     disk = speed.trained_bytes / 2**20
     if not strategy.learns(stage.number):

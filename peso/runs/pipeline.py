@@ -32,20 +32,24 @@ from peso.runtime.progress import Observer, Silent
 
 @dataclass(frozen=True)
 class Step:
-    """`ingest`, `tokenize`, or `learn` or `test` of a stage."""
+    """`ingest`, `tokenize`, or `learn` or `test` of a stage, the latter on its own cases or on those of the
+    stage ``on``."""
 
     name: str
     stage: int | None = None
+    on: int | None = None
 
     def __str__(self) -> str:
-        return self.name if self.stage is None else f"{self.name} stage {self.stage}"
+        where = "" if self.on is None else f" on stage {self.on}"
+        return self.name if self.stage is None else f"{self.name} stage {self.stage}{where}"
 
 
-def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
+def missing_steps(workspace: Workspace, stages: int, previous: bool = False) -> Iterator[Step]:
     """The steps that are not done, in order.
 
     Args:
         stages: number of stages in the stream.
+        previous: whether the model before the newest one is also tested on the newest stage's cases.
     """
     if not workspace.has_stream:
         yield Step("ingest")
@@ -60,9 +64,20 @@ def missing_steps(workspace: Workspace, stages: int) -> Iterator[Step]:
             if workspace.has_stream and not stage.on(number).has_cases:
                 continue
             yield Step("test", number)
+    if previous and stages > 1 and workspace.config.evaluation.enabled:
+        newest, before = stages - 1, workspace.stage(stages - 2)
+        answers = before.on(newest)
+        pruned = before.is_trained and before.pruned is not None
+        if not pruned and not answers.is_done and (not workspace.has_stream or answers.has_cases):
+            yield Step("test", before.number, on=newest)
 
 
-def run(workspace: Workspace, base: Path | None = None, observer: Observer | None = None) -> None:
+def run(
+    workspace: Workspace,
+    base: Path | None = None,
+    observer: Observer | None = None,
+    previous: bool = False,
+) -> None:
     """Do all steps that are not done, then write the report. The caller holds the workspace's lock.
 
     Several processes (:mod:`peso.runtime.processes`) learn and test together; the main one does the rest.
@@ -70,23 +85,28 @@ def run(workspace: Workspace, base: Path | None = None, observer: Observer | Non
     Args:
         base: a workspace from which stage 0 is taken over.
         observer: receives the progress; by default nothing is printed.
+        previous: whether the model before the newest one is also tested on the newest stage's cases, as
+            :func:`update` does, so that the report compares the two.
 
     Raises:
         PesoError: a step failed. Completed steps stay.
     """
     observer = observer or Silent()
-    steps, workspace.config = current().on_main(partial(_prepare, workspace, base, observer))
+    prepare = partial(_prepare, workspace, base, observer, previous)
+    steps, workspace.config = current().on_main(prepare)
     for step in steps:
         assert step.stage is not None
         if step.name == "learn":
             learn(workspace.stage(step.stage), observer)
         else:
-            test(workspace.stage(step.stage).on(step.stage), observer)
+            test(workspace.stage(step.stage).on(step.stage if step.on is None else step.on), observer)
     if workspace.config.evaluation.enabled:
         current().on_main(partial(_conclude, workspace, observer))
 
 
-def _prepare(workspace: Workspace, base: Path | None, observer: Observer) -> tuple[list[Step], Config]:
+def _prepare(
+    workspace: Workspace, base: Path | None, observer: Observer, previous: bool
+) -> tuple[list[Step], Config]:
     """Do the steps before the stages; returns the missing steps of the stages, and the configuration with the
     sizes that the stream determines."""
     source = None if base is None else Workspace.open(base)
@@ -109,7 +129,7 @@ def _prepare(workspace: Workspace, base: Path | None, observer: Observer) -> tup
     require_catalogue(workspace)
     if source is not None:
         take_base(workspace, source, observer)
-    return list(missing_steps(workspace, workspace.stream.stages)), workspace.config
+    return list(missing_steps(workspace, workspace.stream.stages, previous)), workspace.config
 
 
 def _run_hybrids(workspace: Workspace, observer: Observer) -> None:

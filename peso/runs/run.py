@@ -68,5 +68,5 @@ def run(
     from peso.runs import pipeline
 
     with Workspace.hold(workspace, resolved, trust=trusted) as opened:
-        pipeline.run(opened, base=None if base is None else Path(base), observer=observer)
+        pipeline.run(opened, None if base is None else Path(base), observer, previous=True)
     return opened

@@ -183,7 +183,8 @@ def test_page_fits_the_window_and_logs_no_error(page: str, tmp_path: Path, width
         frame.onload = () => {{
             const page = frame.contentDocument, box = element => element.getBoundingClientRect();
             page.querySelectorAll("details").forEach(details => details.open = true);
-            const inside = [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll > *, svg"));
+            const scrolls = ".scroll > *, nav > *, svg";
+            const inside = [...page.querySelectorAll("body *")].filter(e => !e.closest(scrolls));
             const texts = [...page.querySelectorAll(".plots svg text")];
             const style = element => frame.contentWindow.getComputedStyle(element);
             document.documentElement.dataset.measured = JSON.stringify({{

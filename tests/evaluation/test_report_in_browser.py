@@ -58,6 +58,13 @@ def test_the_page_is_sound(
     assert browser.problems == []
 
 
+def test_the_results_begin_on_the_first_screen_of_a_phone(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["example"], 390, 844, "light", phone=True)
+    assert browser.evaluate("document.querySelector('nav').getBoundingClientRect().height") < 50
+    top = browser.evaluate("document.querySelector('main p').getBoundingClientRect().top")
+    assert top < 844 / 2
+
+
 @pytest.mark.slow
 def test_the_test_sees_what_it_is_there_for(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
