@@ -85,7 +85,7 @@ class Terminal:
         before, since = self._first = self._first or (done, now)  # resumed work does not start at 0
         rate = (done - before) / (now - since) if done > before and now > since else None
         speed = [] if rate is None else [f"{rate:.3g} {self._unit}/s"]
-        shown = "  ".join([*speed, *(f"{k} {_short(v)}" for k, v in figures.items())])
+        shown = "  ".join([*speed, *(f"{k.replace('_', ' ')} {_short(v)}" for k, v in figures.items())])
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=shown)
         elif now - self._spoke > SECONDS_BETWEEN_LINES:

@@ -282,7 +282,8 @@ def _search_batch(
         leaves, scores = candidates.best(share, widths[-1])
     if not bool(scores[leaves >= 0].isfinite().all()):
         raise BackboneError(
-            "the model's log-probabilities are not finite: its weights or precision are broken"
+            "the model's log-probabilities are not finite: a weight is damaged, or the precision is too low; "
+            "train the stage again, or use training.precision: float32"
         )
     target_levels = target_scores = target_candidates = None
     if targets is not None and by_level is not None:

@@ -96,7 +96,9 @@ def _ingest_log(
     ):
         opened = open_source(data)
         files = opened.log.table.files
-        what = files[0] if len(files) == 1 else f"{len(files)} files of {data.path}"
+        what = str(files[0]) if len(files) == 1 else f"{len(files)} files of {data.path}"
+        if source["format"] == "simulate":  # its file is a temporary one
+            what = "the simulated log"
         observer.begin(f"reading {what}", 0, "")
         skip, rated = data.on_error == "skip", data.min_rating is not None
         loaded = load(connection, opened.log, skip, rated, aliases)

@@ -40,7 +40,7 @@ def stage_file(number: int) -> str:
 
 
 def rare_file(number: int) -> str:
-    """The file of the users of a log whom the cleaning left out because they have too few events.
+    """The file with the users of a log whom cleaning left out because they have too few events.
 
     Models are not trained on these users, but they get recommendations. ``previous`` has those of their items
     that are in the stream. ``number`` is the first stage of the log.

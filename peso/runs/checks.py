@@ -52,12 +52,13 @@ def check_configuration(config: Config) -> None:
         ("items.encoder", config.items.encoder if is_path(config.items.encoder) else None),
     ]:
         if path is not None and not Path(path).expanduser().exists():
-            raise ConfigError(f"{key}: {path} does not exist")
+            raise ConfigError(f"{key}: {path} does not exist; correct the path")
     encoder = Path(config.items.encoder).expanduser()
     is_model = any((encoder / name).is_file() for name in ("config.json", "modules.json"))
     if config.items.encoder not in (HASHING, FILES) and encoder.is_dir() and not is_model:
         raise ConfigError(
-            f"items.encoder: {encoder} has no config.json and no modules.json: it is not a model"
+            f"items.encoder: {encoder} has no config.json and no modules.json, so it is not a model; give "
+            "the directory of a sentence encoder"
         )
     if config.report.users is not None or config.report.segments:
         from peso.runs.report import read_user_table
@@ -71,7 +72,10 @@ def check_configuration(config: Config) -> None:
                 )
     asked, items = max(config.evaluation.k), config.data.simulate.items
     if config.evaluation.enabled and config.data.format == "simulate" and asked > items:
-        raise ConfigError(f"evaluation.k asks for {asked} items, but data.simulate.items is {items}")
+        raise ConfigError(
+            f"evaluation.k asks for {asked} items, but data.simulate.items is {items}; ask for fewer, or "
+            "simulate more"
+        )
 
 
 def check_surroundings(workspace: Workspace, data: bool = True, models: bool = True) -> None:

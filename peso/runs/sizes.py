@@ -30,7 +30,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """A choice.
+    """The chosen sizes of a model, and the reason.
 
     Attributes:
         events, items: training targets of stage 0 and items, by which the sizes were chosen.

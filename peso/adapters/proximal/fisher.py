@@ -47,7 +47,10 @@ def diagonal_fisher(tensors: Sequence[Tensor], losses: Iterable[Tensor]) -> list
         raise TrainingError("no losses to estimate the Fisher information from")
     result = [total / count for total in sums]
     if not all(bool(values.isfinite().all()) for values in result):
-        raise TrainingError("the gradients to estimate the Fisher information from are not finite")
+        raise TrainingError(
+            "the gradients for the Fisher information are not finite; check that every loss is finite, and "
+            "compute them in float32"
+        )
     return result
 
 

@@ -442,7 +442,7 @@ def _require_distinct(runs: Sequence[Run]) -> None:
 def _require_data(run: Run) -> None:
     path = run.task.config.data.path
     if path is not None and not is_remote(path) and not Path(path).exists() and not matching(path):
-        raise DataError(f"data set {run.data}: {path} does not exist")
+        raise DataError(f"data set {run.data}: {path} does not exist; correct the path")
 
 
 def _data_name(config: Config) -> str:
