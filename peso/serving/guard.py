@@ -8,9 +8,9 @@ import logging
 import math
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Iterable
 
+from cachetools import LRUCache
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,7 +39,7 @@ class Rates:
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
-        self._left: OrderedDict[object, tuple[float, float]] = OrderedDict()  # caller → (requests left, time)
+        self._left: LRUCache[object, tuple[float, float]] = LRUCache(CALLERS)  # requests left, and the time
 
     def wait(self, caller: object, now: float) -> float:
         """The seconds until the caller's next request is allowed; 0 if this request is allowed, which then
@@ -52,12 +52,10 @@ class Rates:
         if not self.rate:
             return 0.0
         most = max(1.0, 2 * self.rate)
-        left, then = self._left.pop(caller, (most, now))
+        left, then = self._left.get(caller, (most, now))
         left = min(most, left + (now - then) * self.rate)
         allowed = left >= 1
         self._left[caller] = (left - allowed, now)
-        if len(self._left) > CALLERS:
-            self._left.popitem(last=False)
         return 0.0 if allowed else (1 - left) / self.rate
 
 

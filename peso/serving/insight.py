@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import OrderedDict
 from typing import Annotated, Any
 
 import numpy as np
+from cachetools import LRUCache
 from fastapi import FastAPI, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -52,7 +52,7 @@ class StreamFacts:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._drift: tuple[list[str], list[dict[str, Any]]] | None = None
-        self._counts: OrderedDict[str, np.ndarray] = OrderedDict()  # by the fingerprint of the stage
+        self._counts: LRUCache[str, np.ndarray] = LRUCache(STAGES)  # by the fingerprint of the stage
 
     def drift(self, workspace: Workspace) -> list[dict[str, Any]]:
         """See :func:`peso.events.drift.drift`."""
@@ -73,11 +73,8 @@ class StreamFacts:
                 continue
             with self._lock:
                 key = stream.fingerprint(number)
-                counts = self._counts.pop(key, None)
-                counts = stream.item_counts(number) if counts is None else counts
-                self._counts[key] = counts
-                if len(self._counts) > STAGES:
-                    self._counts.popitem(last=False)
+                if (counts := self._counts.get(key)) is None:
+                    self._counts[key] = counts = stream.item_counts(number)
             found[number] = int(counts[row])
         return found
 
