@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from peso.config import DataConfig, StagesConfig
 from peso.errors import DataError, NothingNew
 from peso.events import columns
-from peso.events.cleaning import Cut, Funnel, calendar, clean, cut_at, order_by_time
+from peso.events.cleaning import Cut, Funnel, clean, cut_at, moments_of, order_by_time
 from peso.events.database import literal, scalar, temporary_database
 from peso.events.engines.engine import Engine, open_engine
 from peso.events.ingest import describe
@@ -394,9 +394,5 @@ def _remarks_on_new_ids(
 
 def _cut(engine: Engine, ordered: ir.Table, stages: StagesConfig, clock: Clock) -> Cut:
     first, last = engine.row(ordered.aggregate(first=ordered.time.min(), last=ordered.time.max()))
-    if stages.every is not None:
-        assert stages.start is not None
-        moments = calendar(stages.every, clock.moment(stages.start, "data.stages.from"), last)
-    else:
-        moments = [clock.moment(value, "data.stages.boundaries") for value in stages.boundaries or []]
-    return cut_at(engine, ordered, [moment for moment in moments if first < moment <= last])
+    moments = [moment for moment in moments_of(stages, clock, last) if first < moment <= last]
+    return cut_at(engine, ordered, moments)

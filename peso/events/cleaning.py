@@ -202,7 +202,7 @@ def cut(engine: Engine, ordered: ir.Table, stages: StagesConfig, clock: Clock) -
     """Cut the events of :func:`order_by_time` as configured.
 
     Raises:
-        DataError: the boundaries do not ascend, there are too many periods, or a stage has no events.
+        DataError: as :func:`moments_of`, or a stage has no events.
     """
     if stages.fractions is not None:
         events = engine.count(ordered)
@@ -210,18 +210,28 @@ def cut(engine: Engine, ordered: ir.Table, stages: StagesConfig, clock: Clock) -
         ends[-1] = events  # the shares sum to 1 only up to rounding
         _require_events(ends, None, events)
         return Cut(ends, None)
-    if stages.boundaries is not None:
-        moments = [clock.moment(value, "data.stages.boundaries") for value in stages.boundaries]
-        if any(later <= earlier for earlier, later in pairwise(moments)):
-            raise DataError(
-                f"data.stages.boundaries must be in ascending order, not {', '.join(map(iso, moments))}"
-            )
-    else:
-        assert stages.every is not None
+    (last,) = engine.row(ordered.aggregate(last=ordered.time.max()))
+    return cut_at(engine, ordered, moments_of(stages, clock, last))
+
+
+def moments_of(stages: StagesConfig, clock: Clock, last: int) -> list[int]:
+    """The times of the boundaries between stages, in microseconds; none if the log is cut by shares.
+
+    Args:
+        last: the time of the last event.
+
+    Raises:
+        DataError: the boundaries do not ascend, or there are too many periods.
+    """
+    if stages.every is not None:
         assert stages.start is not None
-        (last,) = engine.row(ordered.aggregate(last=ordered.time.max()))
-        moments = calendar(stages.every, clock.moment(stages.start, "data.stages.from"), last)
-    return cut_at(engine, ordered, moments)
+        return calendar(stages.every, clock.moment(stages.start, "data.stages.from"), last)
+    moments = [clock.moment(value, "data.stages.boundaries") for value in stages.boundaries or []]
+    if any(later <= earlier for earlier, later in pairwise(moments)):
+        raise DataError(
+            f"data.stages.boundaries must be in ascending order, not {', '.join(map(iso, moments))}"
+        )
+    return moments
 
 
 def cut_at(engine: Engine, ordered: ir.Table, moments: list[int]) -> Cut:

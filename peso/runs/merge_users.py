@@ -7,7 +7,7 @@ their tests stay as they were; the next stage begins with the merged history.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ def plan(workspace: Workspace, pairs: Sequence[Pair]) -> Merged:
         if not known(before):
             unknown.append(before)
         users[before] = after
-        into = {user: after if now == before else now for user, now in into.items()} | {before: after}
+        into = _one_more(into, before, after)
     if unknown:
         raise DataError(
             f"{len(unknown):,} of {len(pairs):,} users to merge have no event in {workspace.root}: "
@@ -112,7 +112,7 @@ def merge(workspace: Workspace, pairs: Sequence[Pair], observer: Observer) -> Me
     stream = workspace.stream
     into = dict(stream.merged_users)
     for before, after in done.users.items():
-        into = {user: after if now == before else now for user, now in into.items()} | {before: after}
+        into = _one_more(into, before, after)
     members = members_of(into)
     groups = {user: [*members[user], user] for user in {into[each] for each in done.users}}
     everyone = {member for group in groups.values() for member in group}
@@ -142,6 +142,11 @@ def merge(workspace: Workspace, pairs: Sequence[Pair], observer: Observer) -> Me
     with commit_directory(workspace.stream_directory) as directory:
         write_merged(stream, directory, list(done.users.items()), histories)
     return done
+
+
+def _one_more(into: Mapping[str, str], before: str, after: str) -> dict[str, str]:
+    """The current user of each merged user, after one more merge."""
+    return {user: after if now == before else now for user, now in into.items()} | {before: after}
 
 
 def _known_users(workspace: Workspace, stream: Stream) -> Callable[[str], bool]:
