@@ -27,7 +27,8 @@ from typing import Any
 from peso.errors import DataError, FullDisk, WorkspaceError
 from peso.events.history_index import LAST
 from peso.events.times import END, iso
-from peso.runtime.files import fsync, require_known_format
+from peso.runtime.files import fsync
+from peso.runtime.records import require_known_format
 
 FORMAT = 1  # the version of the file format
 APPLICATION = 0x7065736F  # "peso", in the header of the file

@@ -1,4 +1,4 @@
-"""Write files and directories atomically, compute checksums, and lock directories."""
+"""Write files and directories atomically, read JSON, compute checksums, and lock directories."""
 
 from __future__ import annotations
 
@@ -388,15 +388,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def require_known_format(path: Path, number: object, newest: int) -> None:
-    """Raise WorkspaceError if a file has a format number beyond the newest one that can be read."""
-    if type(number) is int and number > newest:
-        raise WorkspaceError(
-            f"{path} was written by a newer version of peso "
-            f"(format {number}; this one reads up to {newest}); update peso"
-        )
 
 
 def read_given(path: Path, option: str) -> str:

@@ -15,14 +15,8 @@ from typing import Any
 
 from peso.errors import DataError, WorkspaceError
 from peso.runtime.failures import sentence
-from peso.runtime.files import (
-    checksum,
-    json_text,
-    read_json_and_text,
-    require_known_format,
-    write_aside,
-    write_atomically,
-)
+from peso.runtime.files import checksum, json_text, read_json_and_text, write_aside, write_atomically
+from peso.runtime.records import require_known_format
 
 MANIFEST = "manifest.json"
 FILES, OWN = "files", "sha256"

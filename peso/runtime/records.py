@@ -11,17 +11,19 @@ from pydantic import BaseModel, ValidationError
 
 from peso.errors import DataError, WorkspaceError
 from peso.runtime.failures import first_line
-from peso.runtime.files import (
-    digest,
-    file_state,
-    json_text,
-    read_json_object,
-    require_known_format,
-    write_atomically,
-)
+from peso.runtime.files import digest, file_state, json_text, read_json_object, write_atomically
 
 Entry = TypeVar("Entry", bound=BaseModel)
 Value = TypeVar("Value")
+
+
+def require_known_format(path: Path, number: object, newest: int) -> None:
+    """Raise WorkspaceError if a file has a format number beyond the newest one that can be read."""
+    if type(number) is int and number > newest:
+        raise WorkspaceError(
+            f"{path} was written by a newer version of peso "
+            f"(format {number}; this one reads up to {newest}); update peso"
+        )
 
 
 def read_record(path: Path, newest: int) -> dict[str, Any]:
