@@ -121,6 +121,11 @@ class ItemsConfig(Section):
     )
     rq_vae: RqVaeConfig = RqVaeConfig()
 
+    @property
+    def needs_texts(self) -> bool:
+        """Whether semantic IDs can be made only from titles, texts or categories."""
+        return self.index is None and not self.vectors and self.behavior is None
+
     @model_validator(mode="after")
     def _fits_together(self) -> ItemsConfig:
         fields = {"title", "text", "category"}

@@ -97,11 +97,12 @@ class BackboneConfig(Section):
         if self.dropout is not None and self.name not in (*BUILT_IN, AUTO):
             raise ValueError(
                 f"backbone.dropout is for {' and '.join(BUILT_IN)} only; {self.name!r} is trained by its "
-                "adapter, which has adapter.dropout"
+                "adapter, which has adapter.dropout; leave it out"
             )
         if self.width is not None and self.name not in (*BUILT_IN, AUTO):
             raise ValueError(
-                f"backbone.width is for {' and '.join(BUILT_IN)} only; {self.name!r} has a fixed width"
+                f"backbone.width is for {' and '.join(BUILT_IN)} only; {self.name!r} has a fixed width, so "
+                "leave it out"
             )
         if self.width is not None and self.width % (head := head_size(self.width)):
             raise ValueError(

@@ -7,6 +7,7 @@ accept unknown keys.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import lru_cache, partial
@@ -133,7 +134,9 @@ def read_tree(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise ConfigError(f"{path} is larger than {MOST_BYTES:,} bytes, so it is not a configuration")
+            raise ConfigError(
+                f"{path} is larger than {MOST_BYTES:,} bytes, so it is not a configuration{_hint(path)}"
+            )
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration at {path}; check the path") from None
@@ -142,13 +145,26 @@ def read_tree(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error.strerror}; check the path and its permissions"
         ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    tree = parse(text, str(path))
+        raise ConfigError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8{_hint(path)}"
+        ) from None
+    try:
+        tree = parse(text, str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_hint(path)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path} contains no configuration (expected keys such as data, backbone and strategy)"
+            f"{_hint(path)}"
         )
     return tree
+
+
+def _hint(path: Path) -> str:
+    """What to do if a log was given in place of its configuration."""
+    if path.suffix in (".yaml", ".yml"):
+        return ""
+    return f"; if it is a log, `peso init {shlex.quote(str(path))}` writes one for it"
 
 
 def shown(value: Any, most: int = 80) -> str:

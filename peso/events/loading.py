@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import ibis.expr.types as ir
 
 UNTIMED = "there are no times: events are in the order of the files"
+DAY = 86_400.0  # seconds by which a clock elsewhere may be ahead
 SAMPLE = 100  # the number of values from which the format of the times is recognized
 
 
@@ -44,6 +46,7 @@ class Loaded:
         skipped: the number of unreadable rows, which were left out.
         first, last: the times of the first and the last event in microseconds.
         remarks: sentences about suspicious ids.
+        ahead: the number of events more than a day in the future.
         timed: whether the log has times; if not, the events are in the order of the files.
     """
 
@@ -53,10 +56,15 @@ class Loaded:
     first: int
     last: int
     remarks: list[str]
+    ahead: int = 0
     timed: bool = True
 
     def tell(self, observer: Observer) -> None:
-        """Report the format of the times, the number of rows and the remarks."""
+        """Report the format of the times, the number of rows, the remarks and times in the future.
+
+        Times in the future are not among the remarks, because the manifest of a log does not depend on when
+        the log is read.
+        """
         times = f"times are {self.clock.stated}: {iso(self.first)} to {iso(self.last)}"
         observer.note(
             f"{times if self.timed else UNTIMED}; {self.rows:,} rows, "
@@ -64,6 +72,11 @@ class Loaded:
         )
         for remark in self.remarks:
             observer.note(f"note: {remark}")
+        if self.ahead:
+            observer.note(
+                f"warning: {self.ahead:,} events are in the future, the last at {iso(self.last)}. Only later "
+                "events can be appended to a stream, so correct these times if they are a mistake"
+            )
 
     @property
     def stated(self) -> dict[str, Any]:
@@ -185,10 +198,13 @@ def load(
         FROM raw JOIN users ON raw."user" = users.name JOIN items ON raw.item = items.name
         WHERE NOT ({bad})""")
     connection.execute("DROP TABLE raw")
-    first, last = connection.execute("SELECT min(time), max(time) FROM events").fetchall()[0]
+    tomorrow = round((datetime.now(UTC).timestamp() + DAY) * 1e6)
+    first, last, ahead = connection.execute(
+        f"SELECT min(time), max(time), count(*) FILTER (time > {tomorrow}) FROM events"
+    ).fetchall()[0]
     remarks = [*reading.remarks, *_remarks_on_ids(connection, log), *_remarks_on_types(connection, log)]
     left_out = reading.left_out
-    return Loaded(clock, rows + left_out, unread + left_out, first, last, remarks, log.timed)
+    return Loaded(clock, rows + left_out, unread + left_out, first, last, remarks, ahead, log.timed)
 
 
 def _fields(reading: Reading, log: Log, clock: Clock, rating: bool) -> list[str]:

@@ -149,7 +149,7 @@ def _require_item_content(config: Config) -> None:
                 "items.quantizer: category-path needs data.items.columns.category, the column with the path "
                 "of each item's category"
             )
-    elif table is None and not items.vectors and items.behavior is None:
+    elif table is None and items.needs_texts:
         raise ConfigError(
             "no item has a text or a vector to make its semantic ID from; set data.items to a product table, "
             "set items.vectors, items.index or items.behavior, or read the log alone with `peso ingest`"

@@ -33,6 +33,7 @@ BASELINES = [
     "ease",
     {"name": "hybrid", "partners": ["item-knn"]},
 ]
+ITEMS = {"encoder": "hashing", "quantizer": "rq-kmeans"}
 COMMENTS = {
     "data": "Where the events come from, how they are cleaned and cut: docs/how-to/prepare-a-log.md",
     "data.columns": "names of the columns in the log",
@@ -42,7 +43,8 @@ COMMENTS = {
     "items": "How items get semantic IDs: docs/reference/items.md",
     "items.encoder": "no download; better: all-minilm-l6-v2, after `peso pull all-minilm-l6-v2`",
     "backbone": "The language model. scratch: a small Llama, fully trained at stage 0, no download.",
-    "backbone.name": "pretrained, for a GPU: smollm2-135m (then learning_rate 2e-4, batch_size 32)",
+    "backbone.name": "pretrained, for a GPU: smollm2-135m, without width, layers and dropout "
+    "(learning_rate 2e-4, batch_size 32)",
     "head": "How items are scored: docs/explanation/item-head.md",
     "head.arrivals": "corrects the probability of the items that are new in a stage",
     "head.contents": "items are also scored by their texts",
@@ -101,8 +103,9 @@ def first_config(
     guessed: list[tuple[str, str, str, str]] = []
     hint = ""
     if form in LOG_FORMATS:
-        of_data = [text for text in overrides if text.startswith("data.")]
-        of_log = load_config({"data": {"format": form, "path": log}}, of_data, base=Path()).data
+        early = [text for text in overrides if text.startswith(("data.", "items."))]
+        first = load_config({"data": {"format": form, "path": log}, "items": ITEMS}, early, base=Path())
+        of_log, of_items = first.data, first.items
         sampled = sample(here, form, of_log.separator, of_log.encoding, "the path of the log")
         found = guess_log(sampled, dict(columns or {}), of_log.time_format)
         kind = found.pop("kind", None)
@@ -121,26 +124,32 @@ def first_config(
             there = local(items, observer) if items else here
             encoding = of_log.encoding if product_kind == "csv" else "utf-8"
             sampled = sample(there, product_kind, None, encoding, "--items")
-            fields = guess_items(sampled, dict(item_columns or {}), None if items else found["item"])
+            fields = guess_items(
+                sampled,
+                dict(item_columns or {}),
+                None if items else found["item"],
+                without_texts=not of_items.needs_texts,
+            )
             guessed += [
                 (table, role, name, examples(sampled, name))
                 for role, names in fields.items()
                 for name in names
                 if items or role != "item"
             ]
-            data["items"] = {
-                "path": _relative(table, target),
-                **({"separator": sampled.separator} if sampled.separator else {}),
-                "columns": {
-                    role: [_column(sampled, n) for n in names]
-                    if role == "text"
-                    else _column(sampled, names[0])
-                    for role, names in fields.items()
-                },
-            }
+            if items or len(fields) > 1:
+                data["items"] = {
+                    "path": _relative(table, target),
+                    **({"separator": sampled.separator} if sampled.separator else {}),
+                    "columns": {
+                        role: [_column(sampled, n) for n in names]
+                        if role == "text"
+                        else _column(sampled, names[0])
+                        for role, names in fields.items()
+                    },
+                }
     tree: dict[str, Any] = {
         "data": data,
-        "items": {"encoder": "hashing", "quantizer": "rq-kmeans"},
+        "items": ITEMS,
         "backbone": "scratch",
         "head": "items",
         "strategy": "peso",

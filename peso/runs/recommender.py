@@ -238,7 +238,10 @@ class Recommender:
             where = f"the stages 0 to {self.stage} of {self.workspace.root}"
             if self.live:
                 where = f"the stages of {self.workspace.root}, nor in the events received since"
-            raise DataError(f"user {user!r} is in none of {where}")
+            raise DataError(
+                f"user {user!r} is in none of {where}; check the id (spaces, zeros in front and case count), "
+                "or give a history"
+            )
         return [*map(self._names.current().now, known.items)]
 
     def export(self, directory: str | Path, format: Format = "merged", *, repository: str = "") -> Path | str:

@@ -220,6 +220,41 @@ def test_init_keeps_what_is_there_and_asks_for_texts(peso, tmp_path):
     assert peso("init", log, "--items", products(tmp_path), "-o", written, "--force")[0] == 0
 
 
+def test_a_log_without_any_text_gets_its_semantic_ids_from_behavior(peso, tmp_path):
+    log, written = without_header(tmp_path), tmp_path / "log.yaml"
+    assert "--set items.behavior={}" in peso("init", log, "-o", written)[2]
+    status, _, err = peso("init", log, "-o", written, "--set", "items.behavior={}")
+    assert status == 0, err
+    config = load_config(written)
+    assert config.data.items is None
+    assert config.items.behavior is not None
+    status, _, err = peso("ingest", written, "-w", tmp_path / "w")
+    assert status == 0, err
+    status, _, err = peso("tokenize", "-w", tmp_path / "w")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("customer,sku,ordered\n", "has columns but no rows"),
+        ("customer,sku,ordered,type\nu1,i1\nu2,i1\n", "line 2 has 2 columns instead of 4"),
+    ],
+)
+def test_init_says_what_is_wrong_with_a_file_without_readable_rows(peso, tmp_path, content, said):
+    (tmp_path / "log.csv").write_text(content)
+    status, _, err = peso("init", tmp_path / "log.csv", "-o", tmp_path / "log.yaml")
+    assert (status, said in err) == (1, True), err
+    assert not (tmp_path / "log.yaml").exists()
+
+
+def test_init_names_the_argument_that_has_no_file(peso, tmp_path):
+    written = tmp_path / "log.yaml"
+    assert "no file at none.csv; check the path of the log" in peso("init", "none.csv", "-o", written)[2]
+    err = peso("init", shop(tmp_path), "--items", "none.csv", "-o", written)[2]
+    assert "no file at none.csv; check --items" in err
+
+
 def test_peso_alone_says_what_it_is_and_what_to_try(peso):
     status, out, _ = peso()
     assert status == 0

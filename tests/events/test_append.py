@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from event_logs import appended, histories, ingested, write_log
+from event_logs import appended, data_config, histories, ingested, write_log
+from small_runs import Notes
 
 from peso.errors import DataError, WorkspaceError
 from peso.events.append import extend_stream
@@ -209,3 +210,17 @@ def test_an_event_of_the_last_moment_is_appended_once(tmp_path: Path, stream: St
         "step": "not in the stream yet",
         "events": 41,
     }
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_times_in_the_future_are_reported_because_later_appends_depend_on_them(
+    tmp_path: Path, stream: Stream, late: int
+) -> None:
+    told = Notes()
+    far = [(u, i, t + 4_000_000_000) for u, i, t in NEW[:late]]
+    new = write_log(tmp_path / "new.csv", [*NEW, *far])
+    with commit_directory(tmp_path / "longer") as directory:
+        extend_stream(data_config(format="csv", path=str(new)), stream.directory, directory, told)
+    said = [note for note in told.notes if "in the future" in note]
+    assert len(said) == bool(late)
+    assert all(note.startswith("warning: 2 events are in the future, the last at 2147-") for note in said)

@@ -162,3 +162,16 @@ def test_a_value_in_place_of_a_section_is_told_in_plain_words(key: str, value: A
     (tree[above[0]] if above else tree)[last] = value
     with pytest.raises(ConfigError, match=rf"^{key} is a section: give its keys below it, or remove it"):
         load_config(tree)
+
+
+@pytest.mark.parametrize(
+    "content", [b"user,item,time\nu1,i1,1600000000\n", b"PAR1\xff", b"a: [\n", b"x" * 1_000_001]
+)
+def test_a_log_in_place_of_its_configuration_is_sent_to_init(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "my log.csv").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"if it is a log, `peso init '.*my log.csv'` writes one"):
+        load_config(tmp_path / "my log.csv")
+    (tmp_path / "log.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "log.yaml")
+    assert "peso init" not in str(error.value)

@@ -74,7 +74,8 @@ def test_a_stage_that_is_named_looks_back(workspace: Workspace) -> None:
 
 def test_an_unknown_user_is_refused(workspace: Workspace) -> None:
     with pytest.raises(
-        DataError, match=r"'nobody' is in none of the stages of .* nor in the events received"
+        DataError,
+        match=r"'nobody' is in none of the stages of .* nor in the events received since; check the id",
     ):
         Recommender(workspace).history("nobody")
     assert not workspace.events_file.exists(), "asking makes no file"

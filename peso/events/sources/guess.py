@@ -84,12 +84,19 @@ def sample(
         kind: ``csv``, ``jsonl`` or ``parquet``.
         separator: the separator of CSV; None to guess it from the first lines.
         encoding: the encoding of CSV.
-        key: the option or key that names the path, for messages.
+        key: the option that gave the path, for messages.
 
     Raises:
-        DataError: there is no file, or it cannot be read, or none of the first rows can.
+        DataError: there is no file, it cannot be read, or none of its first rows can be read.
     """
     file = find_files(path, kind, key)[0]
+    sampled = _sample(file, kind, separator, encoding)
+    if not any(sampled.values.values()):
+        raise DataError(f"{file} has columns but no rows; download or create the file again")
+    return sampled
+
+
+def _sample(file: Path, kind: str, separator: str | None, encoding: str) -> Sampled:
     if kind == "parquet":
         table = parquet_table([file])
         columns = ", ".join(f"{column.value}::VARCHAR" for column in table.columns.values())
@@ -173,17 +180,20 @@ def guess_log(sampled: Sampled, given: dict[str, str], time_format: str = "auto"
     return {role: found[role] for role in ("user", "item", "time", "rating", "kind") if role in found}
 
 
-def guess_items(sampled: Sampled, given: dict[str, list[str]], log: str | None) -> dict[str, list[str]]:
+def guess_items(
+    sampled: Sampled, given: dict[str, list[str]], log: str | None, without_texts: bool = False
+) -> dict[str, list[str]]:
     """Guess the columns of a product table: ``item`` and, if there are any, ``title``, ``category`` and
     ``text``.
 
     Args:
         given: the columns that the user named; they are not guessed.
         log: the item column of the log if the log is also the product table; None if they are two files.
+        without_texts: whether semantic IDs can be made without texts.
 
     Raises:
         DataError: a named column does not exist, the item column cannot be guessed, or there is no column
-            with text.
+            with text although texts are needed.
     """
     found = dict(given)
     for role, names in given.items():
@@ -198,10 +208,11 @@ def guess_items(sampled: Sampled, given: dict[str, list[str]], log: str | None) 
         taken = [name for names in found.values() for name in names]
         if role not in found and sampled.header and (names := sampled.columns(role, taken)):
             found[role] = names if role == "text" else names[:1]
-    if len(found) == 1:
+    if len(found) == 1 and not without_texts:
         raise DataError(
             f"{sampled.table.files[0]} has no column with titles, texts or categories, which are needed for "
-            "semantic IDs. Name the product table (--items FILE) or its columns (--title, --text, --category)"
+            "semantic IDs. Name the product table (--items FILE) or its columns (--title, --text, "
+            "--category), or make semantic IDs from what users do: --set items.behavior={}"
         )
     return found
 
