@@ -215,7 +215,8 @@ def ended_by_sigterm() -> Iterator[None]:
     """A context in which SIGTERM stops the work as Ctrl-C does: partial output is removed, and the exit
     status is 143.
 
-    If native code does not return to Python in time, the process ends immediately.
+    DuckDB replaces what a signal raises during a query by a RuntimeError; this context raises it again. If
+    native code does not return to Python in time, the process ends immediately.
     """
 
     def stop(*_: object) -> None:
@@ -237,6 +238,12 @@ def ended_by_sigterm() -> Iterator[None]:
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":
+            raise
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # `stop` was called
+            sys.exit(TERMINATED)
+        raise KeyboardInterrupt from None
     finally:
         done.set()
         signal.set_wakeup_fd(before[1])

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from importlib.metadata import version
@@ -388,6 +389,29 @@ def test_sigterm_ends_with_a_message_and_its_own_exit_status(work, tmp_path):
     assert err.strip() == "terminated by SIGTERM; run the same command again to continue"
     if work == IN_PYTHON:
         assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+IN_A_QUERY = (
+    "import duckdb, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "        print('begun', flush=True)\n        "
+    "duckdb.execute('SELECT count(*) FROM range(1000000000000) t(n) WHERE n % 7 = 3').fetchall()"
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated by SIGTERM")],
+)
+def test_an_interruption_of_a_query_is_not_a_defect(number, status, message, tmp_path):
+    call = [sys.executable, "-c", WORK.format(work=IN_A_QUERY).replace("0.2", "60")]
+    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "begun\n"]
+    time.sleep(0.5)  # the query runs
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == status
+    assert err.strip() == f"{message}; run the same command again to continue"
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
 LOADING = """
