@@ -12,7 +12,6 @@ rows.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,9 +43,8 @@ class SasRec(Network):
     SETTINGS = tuple(
         {"learning_rate": rate, "dropout": dropout, "weight_decay": decay}
         for rate, dropout, decay in [
-            (1e-3, 0.2, 0.01),
-            *itertools.product((3e-3, 1e-3), (0.2, 0.5), (1.0,)),
-            *[(1e-3, 0.5, 0.01), (3e-3, 0.2, 0.01), (3e-3, 0.5, 0.01)],
+            *[(1e-3, 0.2, 0.01), (3e-3, 0.2, 1.0), (3e-3, 0.2, 0.1), (3e-3, 0.5, 1.0)],
+            *[(3e-3, 0.5, 0.1), (1e-3, 0.2, 1.0), (1e-3, 0.5, 0.1), (3e-3, 0.5, 0.01)],
         ]
     )
 
