@@ -46,6 +46,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no head": {"head": "codes"},
     "no dropout": {"backbone": {**BEST["backbone"], "dropout": 0.0}},
     "dropout 0.3": {"backbone": {**BEST["backbone"], "dropout": 0.3}},
+    "weight decay 0.3": {"training.weight_decay": 0.3},
+    "weight decay 1": {"training.weight_decay": 1.0},
+    "no head, weight decay 1": {"head": "codes", "training.weight_decay": 1.0},
+    "no head, 30 epochs": {"head": "codes", "training.epochs": 30},
+    "no head, 30 epochs, weight decay 0.3": {
+        "head": "codes",
+        "training.epochs": 30,
+        "training.weight_decay": 0.3,
+    },
     "128 wide, 4 layers": {**WIDE, "training.learning_rate": 2e-3},
     "batches of 64 at 1e-3": {"training.batch_size": 64, "training.learning_rate": 1e-3},
     "as it was: wide, head at the rate of the codes, batches of 64 at 1e-3": {
