@@ -336,7 +336,7 @@ def test_the_states_of_sasrec_are_those_of_gpt2_with_its_weights() -> None:
     with torch.no_grad():
         for parameter in own.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    state = {"wte.weight": own.item.weight, "wpe.weight": own.place.weight}
+    state = {"wte.weight": 4 * own.item.weight, "wpe.weight": own.place.weight}  # √16
     state |= {f"ln_f.{name}": p for name, p in own.layers.norm.named_parameters()}
     for number, layer in enumerate(own.layers.layers):
         parts = {

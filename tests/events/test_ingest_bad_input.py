@@ -196,7 +196,7 @@ def test_mixed_encodings_name_the_line_and_can_be_skipped(tmp_path: Path) -> Non
     path = write_log(tmp_path / "log.csv", LOG)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:5], "ué,i1,1600000001\n".encode("latin-1"), *lines[5:]]))
-    refused(tmp_path, r"log\.csv: line 6 is not UTF-8.*data\.encoding: latin-1", format="csv", path=str(path))
+    refused(tmp_path, r"log\.csv: line 6 is not UTF-8.*data\.encoding=latin-1", format="csv", path=str(path))
     stream = ingested(tmp_path / "s", format="csv", path=str(path), on_error="skip", stages=2)
     assert (stream.manifest["skipped"], stream.manifest["funnel"][0]["events"]) == (1, 31)
     whole = ingested(tmp_path / "t", format="csv", path=str(path), encoding="latin-1", stages=1)
