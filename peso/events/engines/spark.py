@@ -42,7 +42,7 @@ class Spark(Engine):
     def __init__(self, connection: duckdb.DuckDBPyConnection, work: Path) -> None:
         super().__init__(connection, work)
         self._own = f"peso_{uuid4().hex[:8]}"  # a session may have other views
-        self._session, self._ours = _session()
+        self._session, self._ours = _session(work)
         with _explained():
             self._backend = ibis.pyspark.connect(self._session)
 
@@ -169,8 +169,8 @@ def _escaped(path: Path) -> str:
     return f"file://{escaped}"
 
 
-def _session() -> tuple[Any, bool]:
-    """A session of Spark, and whether it was started here.
+def _session(work: Path) -> tuple[Any, bool]:
+    """A session of Spark, and whether it was started here, with temporary files in ``work``.
 
     Raises:
         ConfigError: PySpark or Java is not installed.
@@ -191,7 +191,8 @@ def _session() -> tuple[Any, bool]:
     try:
         SparkContext._ensure_initialized()  # only Java reads Spark's own configuration
         conf = SparkConf()
-        for key, value in DEFAULTS.items():
+        # without a place for it, Spark creates its warehouse in the current directory
+        for key, value in {**DEFAULTS, "spark.sql.warehouse.dir": str(work / "warehouse")}.items():
             conf.setIfMissing(key, value)
         conf.set("spark.ui.showConsoleProgress", "false")  # its bars would disturb those of peso
         return SparkSession.builder.config(conf=conf).getOrCreate(), True

@@ -38,7 +38,7 @@ T = 1_600_000_000
 
 
 @pytest.fixture(scope="module")
-def spark() -> Iterator[None]:
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A session with several partitions, so that their order matters; ingestion leaves it open."""
     if find_spec("pyspark") is None or which("java") is None:
         missing = "Spark needs the extra `spark` and Java 17"
@@ -52,6 +52,7 @@ def spark() -> Iterator[None]:
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.log.level": "ERROR",
+        "spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse")),
         "spark.sql.shuffle.partitions": "3",
         "spark.sql.codegen.wholeStage": "false",  # compiling takes longer than running on so few events
         "spark.sql.adaptive.coalescePartitions.enabled": "false",
