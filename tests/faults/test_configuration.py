@@ -439,12 +439,12 @@ def test_stage_0_depends_on_nothing_that_is_for_later_stages(runs: Runs, tmp_pat
         "adapter.rank=3",
     ]
     workspace = runs.start(tmp_path / "w", "peso", *changes, backbone="tiny")
-    pipeline._prepare(workspace, base.root, Silent())
+    pipeline._prepare(workspace, base.root, Silent(), previous=False)
     assert workspace.finished_stages == [0]
     check_same_results(base, workspace, 0)
     other = runs.start(tmp_path / "v", "peso", "training.learning_rate=0.5", backbone="tiny")
     with pytest.raises(WorkspaceError, match=r"training\.learning_rate is 0\.003 there and 0\.5 here"):
-        pipeline._prepare(other, base.root, Silent())
+        pipeline._prepare(other, base.root, Silent(), previous=False)
 
 
 def test_later_stages_have_their_own_settings() -> None:

@@ -21,17 +21,17 @@ MOST_NAMED = 5  # systems that a sentence names one by one
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """The results: whether the newest model is better, baselines that win, models that have learned too
-    little, and the best system."""
+    """The results: models that have learned too little, whether the newest model is better, baselines that
+    win, and the best system."""
     if len(comparison.systems) == 1:
         results = [_values(comparison)]
     else:
         compared = [metric for metric in comparison.headline if len(comparison.rivals(metric)) > 1]
         results = [_result(comparison, metric) for metric in compared]
     return [
+        *_unhealthy(comparison),
         *last_update(comparison),
         *winning_baselines(comparison),
-        *_unhealthy(comparison),
         *results,
         *_gaps(comparison),
     ]
