@@ -48,6 +48,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dropout 0.3": {"backbone": {**BEST["backbone"], "dropout": 0.3}},
     "weight decay 0.3": {"training.weight_decay": 0.3},
     "weight decay 1": {"training.weight_decay": 1.0},
+    "dropout 0.3, weight decay 0.1": {
+        "backbone": {**BEST["backbone"], "dropout": 0.3},
+        "training.weight_decay": 0.1,
+    },
+    "dropout 0.5, weight decay 0.1": {
+        "backbone": {**BEST["backbone"], "dropout": 0.5},
+        "head": {**HEAD, "learning_rate_scale": 0.3},
+        "training.weight_decay": 0.1,
+    },
     "no head, weight decay 1": {"head": "codes", "training.weight_decay": 1.0},
     "no head, 30 epochs": {"head": "codes", "training.epochs": 30},
     "no head, 30 epochs, weight decay 0.3": {
