@@ -22,6 +22,7 @@ run() {
     [ -z "$stopped" ] || return 143
     "$@" &
     child=$!
+    [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null # a signal that came before the child had a name
     wait "$child"
     status=$?
     while kill -0 "$child" 2>/dev/null; do
