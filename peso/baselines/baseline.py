@@ -302,9 +302,7 @@ class BaselineAnswers:
         plain = cls(baseline, trie, repeats=repeats)
         if baseline.probabilistic or not len(validation):
             return plain
-        rows = np.linspace(0, len(validation) - 1, min(len(validation), FITTED_ON)).astype(np.int64)
-        cases = validation.take(np.unique(rows))
-        scores = [(part, baseline.scores(part)) for part in batches(cases)]
+        scores = [(part, baseline.scores(part)) for part in batches(validation.spread(FITTED_ON))]
 
         def loss(log_inverse: float) -> float:
             total = 0.0

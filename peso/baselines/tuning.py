@@ -69,10 +69,9 @@ class Tuned(Baseline):
     def validation(self, stages: Sequence[Stage]) -> Validation:
         """The validation cases on which settings for the last of these stages are compared."""
         cases = stages[-1].validation_cases(self.window)
-        rows = np.unique(np.linspace(0, len(cases) - 1, min(len(cases), TUNED_ON)).astype(np.int64))
         option = self.options.repeats
         repeats = repeats_occur(stages) if option == "auto" else option == "keep"
-        return Validation(cases.take(rows), self.setting.depth, repeats)
+        return Validation(cases.spread(TUNED_ON), self.setting.depth, repeats)
 
 
 class Counted(Tuned):

@@ -89,6 +89,10 @@ class Cases:
         histories = [self.histories[i] for i in rows]
         return Cases([self.users[i] for i in rows], histories, self.targets[rows], before)
 
+    def spread(self, most: int) -> Cases:
+        """All cases, or ``most`` of them, evenly spaced, if there are more."""
+        return self.take(np.linspace(0, len(self) - 1, min(len(self), most)).astype(np.int64))
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -248,7 +248,7 @@ def _speed(config: Config, model: GenerativeModel, stage: Stage) -> Speed:
     learn(int(steps[0]))  # warm-up
     step_seconds = sum(_timed(partial(learn, int(step))) for step in steps[1:]) / TIMED_STEPS
     cases = stage.test_cases(config.prompt.window)
-    some = cases.take(np.linspace(0, len(cases) - 1, min(len(cases), TIMED_CASES)).astype(int))
+    some = cases.spread(TIMED_CASES)
     validation = _timed(lambda: validation_loss(model.eval(), some)) / len(some)
     answering = for_inference(model)
     beams = config.decoding.beams

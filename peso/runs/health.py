@@ -107,28 +107,16 @@ def check_health(stage: RunStage, model: GenerativeModel, observer: Observer) ->
         popular items and of EASE, the effective number of first items, and the ``warnings`` by kind. Empty
         if there are too few cases.
     """
-    from peso.decoding import search
+    from peso.runs.validation import search_validation, validation_cases
 
-    config, trie = stage.workspace.config, stage.semantic_ids.trie
-    cases = stage.workspace.stream.stage(stage.number).validation_cases(config.prompt.window)
+    trie = stage.semantic_ids.trie
+    cases = validation_cases(stage, CHECKED_ON)
     if len(cases) < FEWEST:
         return {}
-    rows = np.linspace(0, len(cases) - 1, min(len(cases), CHECKED_ON)).astype(np.int64)
-    cases = cases.take(np.unique(rows))
-    observer.begin(f"stage {stage.number}: check on validation", len(cases), "users")
-    found = search(
-        model,
-        cases.histories,
-        beams=config.decoding.beams,
-        batch_size=config.decoding.batch_size,
-        exclude=cases.seen if stage.leaves_out_seen else None,
-        targets=cases.targets,
-        on_progress=observer.advance,
-    )
-    observer.end()
+    found = search_validation(stage, model, cases, "check on validation", observer)
     if not current().is_main:  # only the main process writes figures
         return {}
-    depth = min(10, config.decoding.beams)
+    depth = min(10, stage.workspace.config.decoding.beams)
     leaves = found.leaves[:, :depth]
     answers = Answers(
         [row[row >= 0].tolist() for row in leaves],

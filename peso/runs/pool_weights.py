@@ -12,7 +12,6 @@ from torch import Tensor
 
 from peso.baselines.baseline import Setting
 from peso.baselines.item_graph import ItemGraph
-from peso.decoding.beam import search
 from peso.decoding.pool import SHARES, Candidates, best_weights
 from peso.decoding.prompt import Prompt, run_prompts
 from peso.events.histories import Cases
@@ -20,6 +19,7 @@ from peso.model.generative import GenerativeModel
 from peso.model.item_head import LENGTHS
 from peso.model.transitions import MOST_EDGES, Transitions, heaviest
 from peso.runs.stage import RunStage
+from peso.runs.validation import search_validation, validation_cases
 from peso.runtime.progress import Observer
 
 LARGEST = 5.0  # addition to the biases of new items
@@ -44,9 +44,7 @@ def choose_pool_weights(stage: RunStage, model: GenerativeModel, observer: Obser
         model.transitions, figures["transitions"] = _count(stage, depth, observer)
     head = model.vocabulary.item_head
     assert head is not None
-    cases = stage.workspace.stream.stage(stage.number).validation_cases(config.prompt.window)
-    rows = np.linspace(0, len(cases) - 1, min(len(cases), TUNED_ON)).astype(np.int64)
-    cases = cases.take(np.unique(rows))
+    cases = validation_cases(stage, TUNED_ON)
     if head.arrivals and stage.number:
         figures["arrivals"] = correct_arrivals(
             model, cases, stage.workspace.stream.first_stages() == stage.number, config.decoding.batch_size
@@ -60,18 +58,7 @@ def choose_pool_weights(stage: RunStage, model: GenerativeModel, observer: Obser
         parts.append(found)
         of_targets.append(target)
 
-    observer.begin(f"stage {stage.number}: weigh item head and codes on validation", len(cases), "users")
-    search(
-        model,
-        cases.histories,
-        beams=config.decoding.beams,
-        batch_size=config.decoding.batch_size,
-        exclude=cases.seen if stage.leaves_out_seen else None,
-        targets=cases.targets,
-        on_progress=observer.advance,
-        on_candidates=keep,
-    )
-    observer.end()
+    search_validation(stage, model, cases, "weigh item head and codes on validation", observer, keep)
     found, targets = Candidates.joined(parts), Candidates.joined(of_targets)
     chosen = best_weights(found, targets, lengths[np.concatenate(order)], depth)
     head.shares.copy_(torch.tensor(chosen.shares))

@@ -135,3 +135,14 @@ def test_on_released_data_previous_is_all_that_was_seen_of_the_user(release_dir:
             returned += user in seen
             seen[user] = [*previous.tolist(), *current.tolist()]
     assert returned == 1013
+
+
+@given(st.integers(0, 40), st.integers(1, 50))
+def test_some_cases_are_evenly_spaced_and_none_comes_twice(users: int, most: int) -> None:
+    cases = numbered([(0, 3)] * users).test_cases(5)
+    taken = [int(user[1:]) for user in cases.spread(most).users]
+    assert len(taken) == len(set(taken)) == min(users, most)
+    assert taken == sorted(taken)
+    if min(users, most) > 1:
+        assert (taken[0], taken[-1]) == (0, users - 1)
+        assert np.ptp(np.diff(taken)) <= 1
