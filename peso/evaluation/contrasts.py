@@ -165,7 +165,7 @@ class Contrasts:
             percent_high=percents[1],
             p=self.p(metric, system, other),
             p_adjusted=self.p_adjusted(metric, system, other),
-            detectable=smallest_detectable(found),
+            detectable=smallest_detectable(self._drawn(metric, a, b)),
             covers_seeds=found.covers_seeds,
         )
 
@@ -214,10 +214,9 @@ class Contrasts:
         return result
 
     def _p_of(self, metric: str, a: int, b: int) -> float:
-        means, flips = self._means[metric], self._flips[metric]
-        found = self._spread(metric, a, b)
+        means, found = self._means[metric], self._spread(metric, a, b)
         observed = abs(float(means[a].mean() - means[b].mean()))
-        drawn = found.shrinkage * (flips[:, a] - flips[:, b]) + self._of_seeds(found)
+        drawn = self._drawn(metric, a, b)
         # treat values that are equal up to rounding as equal: hits produce many ties
         reached = int(np.count_nonzero(np.abs(drawn) >= observed - 1e-9 * found.error))
         p = (1 + reached) / (1 + self.draws)
@@ -225,6 +224,12 @@ class Contrasts:
             return p
         beyond = float(stats.t.sf(observed / found.error, found.effective_degrees))
         return min(p, 2 * SIGN_TAIL * beyond)
+
+    def _drawn(self, metric: str, a: int, b: int) -> np.ndarray:
+        """Differences as they would be drawn if the two systems were equally good: float64 (draws,)."""
+        flips, found = self._flips[metric], self._spread(metric, a, b)
+        result: np.ndarray = found.shrinkage * (flips[:, a] - flips[:, b]) + self._of_seeds(found)
+        return result
 
     # -- draws -------------------------------------------------------------------------------------
 
@@ -278,21 +283,24 @@ def _middle(drawn: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def smallest_detectable(found: Spread, level: float = LEVEL, power: float = POWER) -> float:
+def smallest_detectable(drawn: np.ndarray, level: float = LEVEL, power: float = POWER) -> float:
     """The true difference at which a two-sided test at ``level`` rejects with probability ``power``.
 
-    It is (t_{1−level/2} + t_power) · standard error, about 2.8 standard errors for many degrees of freedom.
+    The test rejects an absolute difference above the 1 - level quantile of the absolute draws; the difference
+    that is observed exceeds the true one by at least the 1 - power quantile of the draws with probability
+    power. For a normal distribution, the sum of the two is 2.8 standard errors.
 
     Args:
-        found: the variances of the difference.
+        drawn: float (draws,), differences between equally good systems, symmetric around zero.
         level: the significance level of the test.
         power: the probability that the test rejects.
 
-    >>> round(smallest_detectable(Spread(users=1.0)), 3)
-    2.802
+    >>> drawn = np.random.default_rng(0).normal(size=100_000)
+    >>> round(smallest_detectable(drawn), 1)
+    2.8
     """
-    degrees = found.effective_degrees
-    return float(stats.t.ppf(1 - level / 2, degrees) + stats.t.ppf(power, degrees)) * found.error
+    # the power quantile of a symmetric distribution is the 2 · power - 1 quantile of its absolute values
+    return float(np.quantile(np.abs(drawn), [1 - level, 2 * power - 1]).sum())
 
 
 BLOCK = 512  # draws at a time
