@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,15 @@ class Transitions:
             for row, history in zip(result, histories, strict=True):
                 row[history] = 0
         return result
+
+    def with_factors(self, factors: np.ndarray) -> Transitions:
+        """The same with the weight of every step multiplied by the factor, (items,), of the item that it
+        leads to."""
+        from scipy import sparse
+
+        weights = (self.edges.data * factors[self.edges.indices]).astype(np.float32)
+        parts = (weights, self.edges.indices, self.edges.indptr)
+        return replace(self, edges=sparse.csr_array(parts, self.edges.shape))
 
     def save(self, directory: Path) -> None:
         """Write ``transitions.safetensors``.

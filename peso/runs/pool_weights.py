@@ -4,7 +4,7 @@ probability of new items, and chooses weights on validation cases."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from peso.decoding.prompt import Prompt, run_prompts
 from peso.events.histories import Cases
 from peso.model.generative import GenerativeModel
 from peso.model.item_head import LENGTHS
-from peso.model.transitions import MOST_EDGES, Transitions, heaviest
+from peso.model.transitions import MOST_EDGES, PRIOR, Transitions, heaviest
 from peso.runs.stage import RunStage
 from peso.runs.validation import search_validation, validation_cases
 from peso.runtime.progress import Observer
@@ -71,20 +71,20 @@ def choose_pool_weights(stage: RunStage, model: GenerativeModel, observer: Obser
     return figures
 
 
-@torch.no_grad()
 def correct_arrivals(
     model: GenerativeModel, cases: Cases, first_now: np.ndarray, batch_size: int | None = None
 ) -> dict[str, Any]:
-    """Choose the addition to the biases of the items that the stage brings, and set it.
+    """Choose how much more probable the items become that the stage brings, and set it.
 
     The targets of training are older than those of validation and tests, so fewer of them are new items, and
-    the model's probability of new items is too low. The addition δ corrects it for their share of the
+    head and counts give new items too little probability. The addition δ corrects it for their share of the
     validation targets (Saerens et al. 2002, "Adjusting the Outputs of a Classifier to New a Priori
-    Probabilities"): p(i) ∝ p_items(i) · exp(δ) for a new item. It maximizes the likelihood of the cases with
-    a standard normal prior, which holds it near zero if there are few cases.
+    Probabilities"). For a new item, p_items(i) ∝ p_items(i) · exp(δ), and G_i is multiplied by exp(δ). It
+    maximizes the likelihood of the cases under both, with the weight of the prior before it is tuned and a
+    standard normal prior on δ, which holds it near zero if there are few cases.
 
     Args:
-        model: the model after training; changed in place.
+        model: the model after training, whose transitions are counted; changed in place.
         first_now: bool (items,), whether an item first occurs in the stage. Items that only validation and
             test cases have are not counted.
         batch_size: the number of cases to compute together; 64 by default.
@@ -101,30 +101,69 @@ def correct_arrivals(
     figures: dict[str, Any] = {"items": int(arrived.sum())}
     if not arrived.any() or not len(cases):
         return figures
-    mass = _mass(model, cases, arrived, batch_size or 64)
-    new = arrived.cpu().numpy()[cases.targets]
+    of_new, of_target = _probabilities(model, cases, arrived, batch_size or 64)
+    brought = arrived.cpu().numpy()
+    new, counts = brought[cases.targets], _counts(model.transitions, cases, brought, batch_size or 64)
 
     def loss(addition: float) -> float:
-        likelihood = addition * new.sum() - np.log1p(mass * np.expm1(addition)).sum()
-        return float(addition**2 / 2 - likelihood)
+        more = np.expm1(addition)
+        prior = PRIOR * of_target / (1 + of_new * more)
+        likelihood = np.log((counts.target + prior) / (counts.all + counts.new * more + PRIOR)).sum()
+        return float(addition**2 / 2 - addition * new.sum() - likelihood)
 
     found = float(minimize_scalar(loss, bounds=(-LARGEST, LARGEST), method="bounded").x)
     head.arrival_bias.copy_(arrived * found)
-    return figures | {"probability": float(mass.mean()), "share": float(new.mean()), "addition": found}
+    if model.transitions is not None:
+        model.transitions = model.transitions.with_factors(np.exp(found * brought))
+    before = (counts.new + PRIOR * of_new) / (counts.all + PRIOR)
+    return figures | {
+        "probability": float(before.mean()),
+        "share": float(new.mean()),
+        "addition": found,
+    }
 
 
 @torch.no_grad()
-def _mass(model: GenerativeModel, cases: Cases, items: Tensor, batch_size: int) -> np.ndarray:
-    """float64 (cases,): the probability of these items together, bool (items,), under the item head."""
-    result, training = np.zeros(len(cases)), model.training
+def _probabilities(
+    model: GenerativeModel, cases: Cases, items: Tensor, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Under the item head, the probability of these items together, bool (items,), and that of each target:
+    float64 (cases,) each."""
+    of_items, of_targets, training = np.zeros(len(cases)), np.zeros(len(cases)), model.training
     order = np.argsort([-len(history) for history in cases.histories], kind="stable")
     model.eval()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         last = run_prompts(model, [Prompt.cold(model, cases.histories[row]) for row in rows], 0).last
-        of_items = model.item_log_probabilities(last)[:, items]
-        result[rows] = of_items.double().logsumexp(1).exp().cpu().numpy()
+        found = model.item_log_probabilities(last).double().exp()
+        of_items[rows] = found[:, items].sum(1).cpu().numpy()
+        of_targets[rows] = found.cpu().numpy()[np.arange(len(rows)), cases.targets[rows]]
     model.train(training)
+    return of_items, of_targets
+
+
+class _Counts(NamedTuple):
+    """The evidence of each case: float64 (cases,) each."""
+
+    target: np.ndarray  # for the target
+    new: np.ndarray  # for all new items together
+    all: np.ndarray  # for all items together
+
+
+def _counts(transitions: Transitions | None, cases: Cases, new: np.ndarray, batch_size: int) -> _Counts:
+    """The evidence of counted transitions; zero if the model does not count.
+
+    Args:
+        new: bool (items,), whether an item is new.
+    """
+    result = _Counts(*np.zeros((3, len(cases))))
+    if transitions is None:
+        return result
+    for start in range(0, len(cases), batch_size):
+        part = slice(start, start + batch_size)
+        evidence = transitions.evidence(cases.histories[part]).astype(np.float64)
+        result.target[part] = evidence[np.arange(len(evidence)), cases.targets[part]]
+        result.new[part], result.all[part] = evidence[:, new].sum(1), evidence.sum(1)
     return result
 
 

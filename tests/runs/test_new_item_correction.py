@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import sparse
 
 from peso.config import AdapterConfig, BackboneConfig, HeadConfig, PromptConfig, load_config
+from peso.decoding.pool import Evidence, leaf_log_probabilities, pool
+from peso.decoding.prompt import Prompt, run_prompts
 from peso.events.histories import Cases
 from peso.items.semantic_ids import SemanticIds
 from peso.model.build import build_model
 from peso.model.generative import GenerativeModel
+from peso.model.transitions import Transitions
 from peso.runs import pipeline
-from peso.runs.pool_weights import _mass, correct_arrivals
+from peso.runs.pool_weights import _probabilities, correct_arrivals
 from peso.runs.workspace import Workspace
 
 pytestmark = pytest.mark.slow
@@ -60,13 +64,54 @@ def test_new_items_together_get_the_probability_of_their_share(share: float) -> 
     told = correct_arrivals(model, cases, first_now())
     assert told["items"] == NEW - 1
     assert told["share"] == pytest.approx(share)
-    now = _mass(model, cases, torch.from_numpy(first_now()) & (model.vocabulary.item_head.counts > 0), 64)
+    met = torch.from_numpy(first_now()) & (model.vocabulary.item_head.counts > 0)
+    now, _ = _probabilities(model, cases, met, 64)
     assert now.mean() == pytest.approx(share, abs=0.02)
     assert correct_arrivals(model, cases, first_now()) == pytest.approx(told)  # not added twice
     bias = model.vocabulary.item_head.arrival_bias
     assert bias[ITEMS - NEW : -1].eq(bias[ITEMS - NEW]).all()
     assert not bias[: ITEMS - NEW].any()
     assert not bias[-1]  # training has not met this item
+
+
+def counted() -> Transitions:
+    random = np.random.default_rng(3)
+    edges = sparse.csr_array(random.random((ITEMS, ITEMS)) * (random.random((ITEMS, ITEMS)) < 0.3) * 40)
+    return Transitions(edges.astype(np.float32), recency=0.6, window=4, repeats=True)
+
+
+def likelihood(model: GenerativeModel, cases: Cases) -> float:
+    """The log-likelihood of the targets under head and counts together, as an answer computes it."""
+    head, total = model.vocabulary.item_head, 0.0
+    trie = model.semantic_ids.trie
+    for history, target in zip(cases.histories, cases.targets, strict=True):
+        last = run_prompts(model, [Prompt.cold(model, history)], 0).last
+        of_leaves = leaf_log_probabilities(model, last)
+        evidence = Evidence.of(model.transitions, trie, [history], torch.device("cpu"))
+        found = pool(of_leaves, torch.full_like(of_leaves, -torch.inf), torch.ones(1), evidence)
+        assert found.exp().sum().item() == pytest.approx(1.0, abs=1e-4)
+        total += found[0, trie.leaf_of[target]].item()
+    assert head.arrivals
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_head_and_counts_are_corrected_together_for_the_highest_likelihood(share: float) -> None:
+    model, cases = model_of(), cases_with(share, 120)
+    model.transitions = before = counted()
+    told = correct_arrivals(model, cases, first_now())
+    found, bias = told["addition"], model.vocabulary.item_head.arrival_bias.clone()
+    # the last item has no event, so it is not corrected
+    factors = np.exp(found * (first_now() & (np.arange(ITEMS) < ITEMS - 1)))
+    np.testing.assert_allclose(
+        model.transitions.edges.toarray(), before.edges.toarray() * factors, rtol=1e-5, atol=1e-6
+    )
+    best = likelihood(model, cases) - found**2 / 2
+    for other in (found - 0.3, found + 0.3, 0.0):
+        model.vocabulary.item_head.arrival_bias.copy_(bias * (other / found))
+        model.transitions = before.with_factors(factors ** (other / found))
+        assert likelihood(model, cases) - other**2 / 2 < best
 
 
 def test_few_cases_correct_little_and_without_new_items_nothing_changes() -> None:
