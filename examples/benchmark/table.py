@@ -19,12 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from streams import FROZEN, describe, differences
 
 import peso
 from peso.errors import PesoError
 from peso.evaluation.comparison import Comparison
+from peso.evaluation.contrasts import holm
 from peso.evaluation.run_summary import RunSummary
 from peso.runs.compare.results import runs_by_data
 from peso.runs.workspace import Workspace
@@ -40,7 +42,7 @@ COLUMNS = [
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """What the row says beside the reference; see README.md."""
+    """What the row says beside the reference; see docs/how-to/submit-to-the-benchmark.md."""
     if row["strategy"] == REFERENCE:
         return "reference"
     if row["seeds"] < SEEDS:
@@ -69,6 +71,7 @@ def rows_of(stream: str, runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     for name, system in systems.items():
         row: dict[str, Any] = {"stream": stream, "strategy": name, "seeds": len(system.seeds)}
         row["cases"] = comparison.cases(system)
+        p_values = []
         for metric, digits in METRICS.items():
             estimate = comparison.average(system, comparison.metric(metric))
             row[metric] = round(estimate.value, digits)
@@ -79,7 +82,10 @@ def rows_of(stream: str, runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
             )
             parts = (found.value, found.low, found.high)
             row |= {f"{metric} {part}": round(x, digits) for part, x in zip(DIFFERENCE, parts, strict=False)}
-            row[f"{metric} p"] = round(found.p_adjusted, 4)
+            p_values.append(found.p)
+        # over the metrics alone, so that a row does not depend on which other strategies ran
+        for metric, p in zip(METRICS if p_values else (), holm(np.array(p_values)), strict=True):
+            row[f"{metric} p"] = round(float(p), 4)
         rows.append(row | {"verdict": verdict(row), "peso": peso.__version__})
     return rows
 

@@ -39,6 +39,7 @@ SYSTEM_COLUMNS = [
     *("bed", "stream", "strategy", "seeds", "cases"),
     *(name for metric in METRICS for name in (metric, f"{metric} half")),
     *GROUPS,
+    "validation",
     *(f"minus single {part}" for part in DIFFERENCE),
     *(f"nats minus single {part}" for part in DIFFERENCE),
     *("forgetting", "nats forgetting"),
@@ -81,7 +82,7 @@ CLAIMS = [
     Claim("anchor", "An anchor on the adapter is better than plain fine-tuning", "peso", "single", 8.7),
     Claim(
         "anchor, published settings",
-        "The same with the paper's settings",
+        "The same at the published weight",
         "peso-paper",
         "single",
         8.7,
@@ -123,7 +124,8 @@ CLAIMS = [
 def system_rows(bed: str, stream: str, comparison: Comparison) -> list[dict[str, Any]]:
     """One row per system: means over stages 1 to 4 and seeds, NDCG@10 and log-probability (nats) minus those
     of `single`, and by how much later stages changed them on the cases of stage 0 (`forgetting`), where the
-    last model was tested on these."""
+    last model was tested on these. `validation` is the loss of the weights that were kept, in nats per
+    token."""
     rows = []
     ndcg, nats = comparison.metric("ndcg@10"), comparison.metric(LOG_PROBABILITY)
     for system in comparison.systems:
@@ -136,6 +138,8 @@ def system_rows(bed: str, stream: str, comparison: Comparison) -> list[dict[str,
         for group, (segmentation, number) in GROUPS.items():
             inside = comparison.in_group(system, ndcg, segmentation, number)
             row[group] = None if inside is None else round(inside.value, 4)
+        losses = [loss for run in system.runs for loss in validation_losses(run)]
+        row["validation"] = round(float(np.mean(losses)), 4) if losses else None
         for metric, begin in ((ndcg, ""), (nats, "nats ")):
             change = comparison.change(system, metric, [(0, max(system.stages), 0)])
             if change is not None:
@@ -151,6 +155,18 @@ def system_rows(bed: str, stream: str, comparison: Comparison) -> list[dict[str,
                 }
         rows.append(row)
     return rows
+
+
+def validation_losses(run: RunSummary) -> list[float]:
+    """The loss on validation cases of the weights that were kept, for each later stage that trained."""
+    result = []
+    for number, stage in run.stages.items():
+        if number and stage.curve is not None:
+            tuned = stage.anchor.get("strategy", {}).get(
+                "validation_losses", {}
+            )  # of `interpolate`, by share
+            result.append(min(map(float, tuned.values() or stage.curve.validation_loss)))
+    return result
 
 
 def claim_rows(bed: str, stream: str, comparison: Comparison) -> list[dict[str, Any]]:
@@ -248,24 +264,21 @@ def tables_of_systems(rows: Sequence[dict[str, str]]) -> str:
     for bed, stream in dict.fromkeys((row["bed"], row["stream"]) for row in rows):
         found = [row for row in rows if (row["bed"], row["stream"]) == (bed, stream)]
         cases = int(found[0]["cases"])
-        head = ["strategy (seeds)", "NDCG@10", "minus `single`", "p", "NDCG@5", "Hit@10", "log-probability"]
+        head = ["strategy (seeds)", "validation loss", "NDCG@10", "minus `single`", "p"]
+        head += ["NDCG@5", "Hit@5", "Hit@10", "log-probability", "minus `single`"]
         forgetting = any(row.get("forgetting") for row in found)
         lines = [[*head, *GROUPS, *(["stage 0's cases"] if forgetting else [])]]
         for row in sorted(found, key=lambda row: -float(row["ndcg@10"])):
-            difference = ""
-            if row["minus single value"]:
-                value, low, high = (float(row[f"minus single {x}"]) for x in ("value", "low", "high"))
-                difference = f"{_signed(value, 4)} ({_signed(low, 4)} to {_signed(high, 4)})"
-                if math.isnan(low):  # no case differs
-                    difference = "the same answers"
             lines.append(
                 [
                     f"{row['strategy']} ({row['seeds']})",
+                    row["validation"] and f"{float(row['validation']):.4f}",
                     _plus_minus(row, "ndcg@10"),
-                    difference,
+                    _difference(row, "minus single", 4),
                     row["minus single p"] and _p(float(row["minus single p"])),
-                    *(f"{float(row[metric]):.4f}" for metric in ("ndcg@5", "hit@10")),
+                    *(f"{float(row[metric]):.4f}" for metric in ("ndcg@5", "hit@5", "hit@10")),
                     _plus_minus(row, LOG_PROBABILITY),
+                    _difference(row, "nats minus single", 3),
                     *(row[group] and f"{float(row[group]):.4f}" for group in GROUPS),
                     *([row["forgetting"] and _signed(float(row["forgetting"]), 4)] if forgetting else []),
                 ]
@@ -328,6 +341,16 @@ def pages(tables: Path = TABLES) -> dict[Path, str]:
 def _markdown(lines: Iterable[Sequence[str]]) -> str:
     head, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([head, "|" + "---|" * (head.count(" | ") + 1), *rest])
+
+
+def _difference(row: dict[str, str], name: str, digits: int) -> str:
+    """A difference with its interval; empty if there is none."""
+    if not row[f"{name} value"]:
+        return ""
+    value, low, high = (float(row[f"{name} {part}"]) for part in ("value", "low", "high"))
+    if math.isnan(low):  # no case differs
+        return "the same answers"
+    return f"{_signed(value, digits)} ({_signed(low, digits)} to {_signed(high, digits)})"
 
 
 def _p(value: float) -> str:
