@@ -256,6 +256,7 @@ class Answered(Protocol):
         items: the list of each case, best first.
         rank_semantic_id: int (n,), the rank of each target, 0 if it is not in the list.
         target_level_log_probabilities: float (n, levels) or None.
+        target_log_probability: float (n,), that of the answer as a whole.
         depth: the length of the lists.
     """
 
@@ -265,6 +266,8 @@ class Answered(Protocol):
     def rank_semantic_id(self) -> np.ndarray: ...
     @property
     def target_level_log_probabilities(self) -> np.ndarray | None: ...
+    @property
+    def target_log_probability(self) -> np.ndarray: ...
     @property
     def depth(self) -> int: ...
     def __len__(self) -> int: ...
@@ -296,9 +299,10 @@ def first_items(answers: Answered) -> tuple[float, float]:
 def warnings(
     answers: Answered,
     popular_ranks: np.ndarray,
-    code_log_frequencies: np.ndarray | None,
+    log_frequencies: np.ndarray | None,
     *,
     ease_ranks: np.ndarray | None = None,
+    count_ranks: np.ndarray | None = None,
     catalogue: int | None = None,
     item_head: bool = False,
 ) -> dict[str, str]:
@@ -308,14 +312,17 @@ def warnings(
         answers: the model's answers at one stage.
         popular_ranks: int (n,), the rank of each target in the list of the stage's most popular items, 0 if
             it is not in the list.
-        code_log_frequencies: float (n,), ln of the share that the first code of each target has in the
-            stage's training targets; None if it is not known.
+        log_frequencies: float (n,), ln of the share that the first code of each target has in the stage's
+            training targets, or the target itself if the model has an item head; None if it is not known.
         ease_ranks: the same as ``popular_ranks`` in the list of EASE; None if it is not known.
+        count_ranks: the same in the list of the model's counts of transitions alone; None if it has none.
         catalogue: the number of semantic IDs that a list can have; None if it is not known.
-        item_head: whether the model has an item head, which is a remedy.
+        item_head: whether the model has an item head. Its likelihood is then that of the whole answer, and
+            an item head is no remedy.
 
     Returns:
-        Sentences by ``first_items``, ``lists``, ``codes``, ``popularity`` and ``ease``.
+        Sentences by ``first_items``, ``lists``, ``codes`` (``items`` with an item head), ``popularity``,
+        ``counts`` and ``ease``.
     """
     if len(answers) < FEWEST:
         return {}
@@ -339,13 +346,17 @@ def warnings(
             f"{answers.depth}, of {catalogue:,}): {cure}"
         )
     levels = answers.target_level_log_probabilities
-    if levels is not None and code_log_frequencies is not None:
-        own, frequency = float(levels[:, 0].mean()), float(code_log_frequencies.mean())
+    if log_frequencies is not None and (item_head or levels is not None):
+        kind, what, each = "codes", "the first code of the next item", "code"
+        if item_head:
+            kind, what, each = "items", "the next item", "item"
+        likelihoods = answers.target_log_probability if levels is None or item_head else levels[:, 0]
+        own, frequency = float(likelihoods.mean()), float(log_frequencies.mean())
         if own <= frequency:
-            found["codes"] = (
-                f"the first code of the next item is predicted no better ({own:.3f} nats) than by how often "
-                f"each code occurs ({frequency:.3f}): by likelihood, a model without the history would be "
-                "as good. Train longer, or with another training.learning_rate"
+            found[kind] = (
+                f"{what} is predicted no better ({own:.3f} nats) than by how often each {each} occurs "
+                f"({frequency:.3f}): by likelihood, a model without the history would be as good. Train "
+                "longer, or with another training.learning_rate"
             )
     k = min(10, answers.depth)
     own, popular = (float(ndcg(ranks, k).mean()) for ranks in (answers.rank_semantic_id, popular_ranks))
@@ -355,6 +366,12 @@ def warnings(
             f"recommending the newest stage's most popular items to everyone is at least as good "
             f"(NDCG@{k} {popular:.4f}, the model {own:.4f}). Try {with_head}"
             "more epochs with training.patience, or a smaller backbone"
+        )
+    if count_ranks is not None and own <= (counts := float(ndcg(count_ranks, k).mean())):
+        found["counts"] = (
+            f"the model's counts of transitions between items alone are at least as good (NDCG@{k} "
+            f"{counts:.4f}, the model {own:.4f}), so what was trained adds nothing to them. Train longer, or "
+            "with another training.learning_rate"
         )
     if ease_ranks is not None and own <= (ease := float(ndcg(ease_ranks, k).mean())):
         found["ease"] = (

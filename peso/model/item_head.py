@@ -14,7 +14,8 @@ from peso.model.normalized import normalized
 
 OF_ITEMS = ("rows", "bias", "arrival_bias")  # the stored tensors with an entry for each item
 EXACT = 100_000  # up to this number of items, the softmax is over all of them
-NEGATIVES = 8192  # with more items, the number of negatives for each pass
+NEGATIVES = 8192  # with more items, the number of negatives for each training pass
+SCORES_AT_ONCE = 2**26  # in evaluation mode; 256 MiB
 # Groups of history lengths, by their upper limits; the last group has no limit. Each group has its own share
 # of the head in the mixture with the codes.
 LENGTHS = (2, 5, 10)
@@ -194,9 +195,10 @@ class ItemHead(nn.Module):
     def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The log-probability of each target among the competing items (:meth:`compete`) and itself.
 
-        With negatives, the softmax is over the target and n items, drawn with probability p_i and shared by
-        all rows, whose scores are corrected by -log(n · p_i) (logQ; Bengio and Senécal 2008). It approaches
-        the exact softmax as n grows.
+        With negatives, the softmax in training is over the target and n items, drawn with probability p_i and
+        shared by all rows, whose scores are corrected by -log(n · p_i) (logQ; Bengio and Senécal 2008). It
+        approaches the exact softmax as n grows. In evaluation mode the softmax is exact, so a validation loss
+        does not depend on chance.
 
         Args:
             hidden: (n, width), the states.
@@ -206,10 +208,15 @@ class ItemHead(nn.Module):
             float32 (n,).
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            negatives = self.negatives or (NEGATIVES if len(self.rows) > EXACT else None)
-            if negatives is not None:
-                return self._sampled(self.queries(hidden), targets, negatives)
-            return self._exact(self.queries(hidden), targets)
+            queries, items = self.queries(hidden), len(self.rows)
+            negatives = self.negatives or (NEGATIVES if items > EXACT else items)
+            if self.training:
+                if negatives < items:
+                    return self._sampled(queries, targets, negatives)
+                return self._exact(queries, targets)
+            together = max(1, SCORES_AT_ONCE // items)
+            parts = zip(queries.split(together), targets.split(together), strict=True)
+            return torch.cat([self._exact(*part) for part in parts])
 
     def _exact(self, queries: Tensor, targets: Tensor) -> Tensor:
         vectors, biases, unmet = self.vectors(), self.biases(), self.counts == 0

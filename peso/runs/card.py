@@ -75,6 +75,7 @@ def card_of(stage: RunStage, form: Form, repository: str = "") -> str:
         "window": config.prompt.window,
         "warnings": known_warnings(stage) if stage.is_tested else (),
         "item_head": item_head,
+        "head_alone": _head_alone(stage),
         "transitions": transitions,
         "needs": ", ".join(
             ["Transformers", *["PEFT"] * (form == "peft"), *["SciPy"] * (item_head and transitions)]
@@ -89,6 +90,21 @@ def card_of(stage: RunStage, form: Form, repository: str = "") -> str:
     )
     values["code"] = environment.get_template("use_without_peso.py.j2").render(values)
     return environment.get_template("model_card.md.j2").render(values) + "\n"
+
+
+def _head_alone(stage: RunStage) -> dict[str, str] | None:
+    """What the item head is worth on validation cases without and with the codes; None if that is not
+    known."""
+    chosen = stage.training.get("item_head", {})
+    for metric, by_share in chosen.items():
+        if metric.startswith("ndcg@"):
+            both = max(by_share.values())
+            return {
+                "metric": metric.replace("ndcg", "NDCG"),
+                "head": f"{by_share['1.0']:.4f}",
+                "both": f"{both:.4f}",
+            }
+    return None
 
 
 def _metadata(base: str, licence: str, form: Form) -> str:

@@ -54,7 +54,8 @@ def test(wanted: StageTest, observer: Observer) -> dict[str, Any]:
         _predict(wanted, observer)
     metrics: dict[str, Any] = processes.on_main(lambda: measure(wanted))
     for warning in metrics["warnings"] if wanted.part == "test" else ():
-        observer.note(f"warning: stage {wanted.stage.number}: {warning}")
+        on = "" if wanted.is_own else f" on the cases of stage {wanted.cases}"
+        observer.note(f"warning: stage {wanted.stage.number}{on}: {warning}")
     return metrics
 
 
@@ -155,10 +156,11 @@ def _warnings(wanted: StageTest, predictions: Predictions) -> dict[str, str]:
     """See :func:`peso.evaluation.metrics.warnings`."""
     stage = wanted.stage
     rivals = Rivals(stage, wanted.read_cases(window=1), predictions.depth)
+    item_head = stage.config.head.name == "items"
     return warnings(
         predictions,
         rivals.popular_ranks,
-        rivals.code_log_frequencies,
+        rivals.log_frequencies(item_head),
         catalogue=stage.semantic_ids.trie.leaves,
-        item_head=stage.config.head.name == "items",
+        item_head=item_head,
     )

@@ -19,6 +19,7 @@ from peso.runtime.progress import Observer, Silent
 
 if TYPE_CHECKING:
     from peso.model.generative import GenerativeModel
+    from peso.model.transitions import Transitions
 
 CHECKED_ON = 500  # validation cases of a stage, evenly spaced, if it has more
 EASE_ITEMS = 2500  # with the most users; a solution for more takes longer than some trainings
@@ -33,6 +34,7 @@ class Answers:
     items: Sequence[Sequence[int]]
     rank_semantic_id: np.ndarray
     target_level_log_probabilities: np.ndarray | None
+    target_log_probability: np.ndarray
     depth: int
 
     def __len__(self) -> int:
@@ -71,14 +73,28 @@ class Rivals:
 
         return self._ranks(Ease, items=EASE_ITEMS, regularisation=EASE_PENALTY)
 
-    @property
-    def code_log_frequencies(self) -> np.ndarray:
-        """float (n,): ln of the share that the first code of each target has in the stage's training
-        targets."""
+    def log_frequencies(self, item_head: bool) -> np.ndarray:
+        """float (n,): ln of the share that the first code of each target has in the stage's training targets,
+        or the target itself for a model with an item head, with add-one smoothing."""
         ids = self.stage.semantic_ids
         targets = np.concatenate([s.items[s.first_target :] for s in self._known[-1].training_sequences()])
-        counts = np.bincount(ids.codes[targets, 0], minlength=ids.sizes[0]) + 1.0
-        result: np.ndarray = np.log(counts / counts.sum())[ids.codes[self.cases.targets, 0]]
+        numbers, size = ids.codes[:, 0], ids.sizes[0]
+        if item_head:
+            numbers, size = np.arange(len(ids.item_ids)), len(ids.item_ids)
+        counts = np.bincount(numbers[targets], minlength=size) + 1.0
+        result: np.ndarray = np.log(counts / counts.sum())[numbers[self.cases.targets]]
+        return result
+
+    def count_ranks(self, transitions: Transitions) -> np.ndarray:
+        """int (n,): the rank of each target in the list of counted transitions alone, 0 if it is not listed
+        or has no evidence. Items with the same evidence are in the order of the catalog."""
+        evidence = transitions.evidence(self.cases.histories)
+        rows = np.arange(len(evidence))
+        own = evidence[rows, self.cases.targets]
+        above = (evidence > own[:, None]).sum(1)
+        before = np.arange(evidence.shape[1]) < self.cases.targets[:, None]
+        ranks = above + ((evidence == own[:, None]) & before).sum(1) + 1
+        result: np.ndarray = np.where((own > 0) & (ranks <= self.depth), ranks, 0)
         return result
 
     def _ranks(self, kind: Any, **options: Any) -> np.ndarray:
@@ -104,8 +120,8 @@ def check_health(stage: RunStage, model: GenerativeModel, observer: Observer) ->
 
     Returns:
         For ``metrics.json``: the number of ``cases``, the mean NDCG of the model (``ndcg@10``), of the most
-        popular items and of EASE, the effective number of first items, and the ``warnings`` by kind. Empty
-        if there are too few cases.
+        popular items, of EASE and of the model's counts of transitions alone, the effective number of first
+        items, and the ``warnings`` by kind. Empty if there are too few cases.
     """
     from peso.runs.validation import search_validation, validation_cases
 
@@ -116,27 +132,33 @@ def check_health(stage: RunStage, model: GenerativeModel, observer: Observer) ->
     found = search_validation(stage, model, cases, "check on validation", observer)
     if not current().is_main:  # only the main process writes figures
         return {}
+    assert found.target_scores is not None  # targets were given
     depth = min(10, stage.workspace.config.decoding.beams)
     leaves = found.leaves[:, :depth]
     answers = Answers(
         [row[row >= 0].tolist() for row in leaves],
         semantic_id_ranks(leaves, trie.leaf_of[cases.targets]),
         found.targets,
+        found.target_scores,
         depth,
     )
     rivals = Rivals(stage, cases, depth)
     popular, ease = rivals.popular_ranks, rivals.ease_ranks
+    counts = None if model.transitions is None else rivals.count_ranks(model.transitions)
     told = warnings(
         answers,
         popular,
-        rivals.code_log_frequencies,
+        rivals.log_frequencies(model.has_item_head),
         ease_ranks=ease,
+        count_ranks=counts,
         catalogue=trie.leaves,
         item_head=model.has_item_head,
     )
     for text in told.values():
         observer.note(f"warning: stage {stage.number}, on {len(cases):,} validation cases: {text}")
     ranks = {f"ndcg@{depth}": answers.rank_semantic_id, "popularity": popular, "ease": ease}
+    if counts is not None:
+        ranks["counts"] = counts
     return {
         "cases": len(cases),
         **{name: float(ndcg(each, depth).mean()) for name, each in ranks.items()},
@@ -151,6 +173,8 @@ def known_warnings(stage: RunStage) -> list[str]:
     tested = stage.metrics["test"].get("warnings", ())
     trained = stage.training.get("health", {})
     others = {
-        kind: text for kind, text in trained.get("warnings", {}).items() if kind == "ease" or not tested
+        kind: text
+        for kind, text in trained.get("warnings", {}).items()
+        if kind in ("ease", "counts") or not tested
     }
     return [*tested, *(f"on {trained['cases']:,} validation cases, {text}" for text in others.values())]

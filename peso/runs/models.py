@@ -6,6 +6,7 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,13 @@ def answering_model(stage: RunStage, device: str | None, processes: Processes) -
 
 def _trained(stage: RunStage, device: str | None) -> GenerativeModel:
     """The model after a stage, in the precision for a device, on the CPU."""
+    repeats = not stage.leaves_out_seen  # as configured now
     stage = stage.workspace.trained(stage.number).as_trained
     workspace = stage.workspace
     model = _build(stage, whole=trains_backbone(stage))
     _load(stage, model)
+    if model.transitions is not None:
+        model.transitions = replace(model.transitions, repeats=repeats)
     model = _rounded(workspace, model, device)
     memory = stored_memory(stage)
     if (past := Past.of_state(memory)) is not None:

@@ -339,11 +339,13 @@ class Recommender:
             return self.hybrid.recommend(users or [None] * len(rows), rows, k, out=out, ids=ids)
         from peso.decoding import beam_search
 
-        with threads(self._answering, self.workspace.config.training.threads):
+        config = self.workspace.config
+        with threads(self._answering, config.training.threads):
             return beam_search(
                 self._answering,
                 histories,
                 k,
+                beams=max(config.decoding.beams, k),  # as tested
                 exclude_seen=exclude_seen,
                 allow=frozenset(ids.item_ids) - retired if retired else None,
                 ids=ids,

@@ -59,6 +59,7 @@ class Snapshot:
         popular: int64 (items,), item rows ordered by events in the newest stage of the stream, most first.
         shares: float64 (items,), the logarithm of each item's share of these events, with add-one smoothing.
         leaves_out_seen: whether items of the history are left out by default.
+        beams: the width of the search, as in tests; longer lists have a wider search.
         threads: the setting ``training.threads``.
         hybrid: the hybrid that answers; None: the model alone answers.
         model: the model, or the language model of the hybrid; None while it is being loaded.
@@ -74,6 +75,7 @@ class Snapshot:
     popular: np.ndarray
     shares: np.ndarray
     leaves_out_seen: bool
+    beams: int
     threads: int | Literal["auto"]
     hybrid: HybridAnswers | None = None
     model: GenerativeModel | None = None
@@ -106,6 +108,7 @@ class Snapshot:
             ids.rows(recommender.popular(items)),
             np.log((counts + 1) / (counts.sum() + items)),
             recommender.leaves_out_seen,
+            workspace.config.decoding.beams,
             workspace.config.training.threads,
             recommender.hybrid,
         )
@@ -143,7 +146,8 @@ class Snapshot:
             elif (kept := self._kept(resolved)) is not None:
                 result[place] = self._message(resolved, self.source, kept)
             else:  # grouped by the width of the search, so that an answer does not depend on other questions
-                width = resolved.beams if self.hybrid is None else resolved.request.k
+                k = resolved.request.k
+                width = max(self.beams, k) if self.hybrid is None else k
                 key = width, resolved.allow is None
                 asked.setdefault(key, {})[place] = resolved
         search = self._search if self.hybrid is None else self._pool
@@ -223,12 +227,13 @@ class Snapshot:
         from peso.decoding import beam_search
 
         assert self.model is not None
+        width = max(self.beams, asked[0].request.k)
         with threads(self.model, self.threads):
             found = beam_search(
                 self.model,
                 [each.history for each in asked],
-                min(asked[0].beams, len(self.semantic_ids.item_ids)),
-                beams=asked[0].beams,
+                min(width, len(self.semantic_ids.item_ids)),
+                beams=width,
                 allow=[each.allow for each in asked if each.allow is not None] or stocked,
                 deny=[each.out for each in asked],
                 returning=[self._cached_prompt(each.request.user) for each in asked],
@@ -338,9 +343,3 @@ class _Resolved:
     key: Key
     ahead: bool
     renamed: dict[str, str]
-
-    @property
-    def beams(self) -> int:
-        from peso.decoding.ranked_items import MIN_BEAMS
-
-        return max(MIN_BEAMS, self.request.k)

@@ -78,6 +78,27 @@ def test_codes_predicted_no_better_than_by_frequency(good: np.ndarray, targets: 
     assert "predicted no better (-2.100 nats) than by how often each code occurs (-2.000)" in found
 
 
+def test_with_an_item_head_the_likelihood_of_the_whole_answer_counts(
+    good: np.ndarray, targets: np.ndarray
+) -> None:
+    answers = predictions(good, targets, first_code=-9.0)  # the item head can do without the codes
+    own = answers.target_log_probability.mean()
+    assert not warnings(answers, POPULAR, np.full(CASES, own - 0.1), item_head=True)
+    (found,) = warnings(answers, POPULAR, np.full(CASES, own + 0.1), item_head=True).items()
+    assert found[0] == "items"
+    assert found[1].startswith("the next item is predicted no better")
+    assert "than by how often each item occurs" in found[1]
+
+
+def test_counts_of_transitions_that_are_as_good_alone(good: np.ndarray, targets: np.ndarray) -> None:
+    answers = predictions(good, targets)
+    low = np.full(CASES, answers.target_log_probability.mean() - 1)
+    assert not warnings(answers, POPULAR, low, count_ranks=POPULAR, item_head=True)
+    found = warnings(answers, POPULAR, low, count_ranks=np.ones(CASES, int), item_head=True)
+    assert [*found] == ["counts"]
+    assert "what was trained adds nothing to them" in found["counts"]
+
+
 def test_the_most_popular_items_as_good_for_all(good: np.ndarray, targets: np.ndarray) -> None:
     found = warnings(predictions(good, targets), np.ones(CASES, int), FREQUENCIES)["popularity"]
     assert "recommending the newest stage's most popular items to everyone is at least as good" in found

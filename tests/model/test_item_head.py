@@ -77,12 +77,29 @@ def test_the_sampled_loss_approaches_the_exact_one(head: ItemHead) -> None:
     hidden, targets = states(6), torch.arange(6)
     head.compete(np.arange(1, ITEMS + 1))
     exact = head.log_probabilities(hidden, targets)
-    head.negatives = 20_000
     torch.manual_seed(0)
-    first = head.log_probabilities(hidden, targets)
+    first = head._sampled(head.queries(hidden), targets, 20_000)
     torch.testing.assert_close(first, exact, rtol=0, atol=0.05)
     torch.manual_seed(0)
-    assert torch.equal(head.log_probabilities(hidden, targets), first)
+    assert torch.equal(head._sampled(head.queries(hidden), targets, 20_000), first)
+
+
+def test_negatives_are_for_training_and_a_validation_does_not_depend_on_chance(
+    head: ItemHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, targets = states(6), torch.arange(6)
+    exact = head.log_probabilities(hidden, targets)
+    head.negatives = 5
+    assert not torch.equal(head.log_probabilities(hidden, targets), exact)
+    head.eval()
+    state = torch.get_rng_state()
+    assert torch.equal(head.log_probabilities(hidden, targets), exact)
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr("peso.model.item_head.SCORES_AT_ONCE", 2 * ITEMS)  # two rows at once
+    torch.testing.assert_close(head.log_probabilities(hidden, targets), exact)
+    head.train()
+    head.negatives = ITEMS  # as many as there are items
+    assert torch.equal(head.log_probabilities(hidden, targets), exact)
 
 
 @pytest.mark.parametrize("negatives", [None, 30])

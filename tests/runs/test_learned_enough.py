@@ -12,7 +12,8 @@ from small_runs import Notes
 
 from peso.config import load_config
 from peso.runs import pipeline
-from peso.runs.health import check_health, known_warnings
+from peso.runs.health import Rivals, check_health, known_warnings
+from peso.runs.validation import validation_cases
 from peso.runs.workspace import Workspace
 
 pytestmark = pytest.mark.slow
@@ -49,8 +50,15 @@ def run(root: Path, config: dict[str, object], **overrides: object) -> tuple[Wor
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, list[str]]:
+    """Without counts, which know everything about these circles."""
     folder = tmp_path_factory.mktemp("good")
-    return run(folder / "w", tree(folder / "log.csv"))
+    return run(folder / "w", tree(folder / "log.csv"), **{"head.transitions": "false"})
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("counting")
+    return run(folder / "w", tree(folder / "log.csv"))[0]
 
 
 def test_a_good_model_raises_no_warning(good: tuple[Workspace, list[str]]) -> None:
@@ -65,15 +73,41 @@ def test_a_good_model_raises_no_warning(good: tuple[Workspace, list[str]]) -> No
 def test_every_warning_fires_on_a_model_made_to_collapse(good: tuple[Workspace, list[str]]) -> None:
     stage, notes = good[0].stage(0), Notes()
     model = stage.model()
-    model.transitions = None
     with torch.no_grad():
         for parameter in model.vocabulary.parameters():
             parameter.zero_()
     found = check_health(stage, model, notes)
-    assert [*found["warnings"]] == ["first_items", "codes", "popularity", "ease"]
+    assert [*found["warnings"]] == ["first_items", "items", "popularity", "ease"]
     assert found["first_items"] < 3
     assert len(notes.notes) == 4
     assert all(note.startswith("warning: stage 0, on ") for note in notes.notes)
+
+
+def test_a_model_that_has_only_its_counts_is_told_so(counting: Workspace) -> None:
+    stage, notes = counting.stage(0), Notes()
+    model = stage.model()
+    assert model.transitions is not None
+    counted = check_health(stage, model, notes)["counts"]
+    with torch.no_grad():
+        for parameter in model.vocabulary.parameters():
+            parameter.zero_()
+    found = check_health(stage, model, notes)
+    assert "counts" in found["warnings"]
+    assert found["ndcg@10"] <= counted == found["counts"]
+
+
+def test_the_order_of_counted_evidence(counting: Workspace) -> None:
+    stage = counting.stage(0)
+    transitions = stage.model().transitions
+    assert transitions is not None
+    cases = validation_cases(stage, 40)
+    ranks = Rivals(stage, cases, 10).count_ranks(transitions)
+    evidence = transitions.evidence(cases.histories)
+    assert ranks.any()
+    for row, (rank, target) in enumerate(zip(ranks, cases.targets, strict=True)):
+        order = sorted(range(evidence.shape[1]), key=lambda item: (-evidence[row, item], item))
+        expected = order.index(target) + 1
+        assert rank == (expected if expected <= 10 and evidence[row, target] else 0)
 
 
 def test_what_learned_nothing_is_told_in_terminal_metrics_and_first_in_the_report(tmp_path: Path) -> None:

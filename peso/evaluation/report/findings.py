@@ -12,7 +12,7 @@ from peso.evaluation.catalogue import USERS
 from peso.evaluation.comparison import Comparison
 from peso.evaluation.contrasts import LEVEL, Contrast
 from peso.evaluation.intervals import Estimate
-from peso.evaluation.metrics import LOG_PROBABILITY, Metric
+from peso.evaluation.metrics import FEWEST, LOG_PROBABILITY, Metric
 from peso.evaluation.predictions import USER_SEGMENTS
 from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import System
@@ -38,13 +38,15 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def _unhealthy(comparison: Comparison) -> list[str]:
-    """Warnings about the newest stage of each model."""
-    newest = comparison.averaged[-1]
-    return [
-        f"Warning: {_name(system)}, stage {newest}: {warning}."
-        for system in comparison.systems
-        for warning in dict.fromkeys(w for run in system.runs for w in run.stages[newest].warnings)
-    ]
+    """Warnings about the newest stage of each model that has enough cases to be checked."""
+    result = []
+    for system in comparison.systems:
+        first = system.first.stages
+        checked = [t for t in comparison.averaged if len(first[t].predictions) >= FEWEST]
+        newest = (checked or comparison.averaged)[-1]
+        told = dict.fromkeys(w for run in system.runs for w in run.stages[newest].warnings)
+        result += [f"Warning: {_name(system)}, stage {newest}: {warning}." for warning in told]
+    return result
 
 
 def cautions(comparison: Comparison) -> list[str]:
