@@ -210,24 +210,25 @@ class ItemHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             queries, items = self.queries(hidden), len(self.rows)
             negatives = self.negatives or (NEGATIVES if items > EXACT else items)
-            if self.training:
-                if negatives < items:
-                    return self._sampled(queries, targets, negatives)
-                return self._exact(queries, targets)
-            together = max(1, SCORES_AT_ONCE // items)
-            parts = zip(queries.split(together), targets.split(together), strict=True)
-            return torch.cat([self._exact(*part) for part in parts])
+            if self.training and negatives < items:
+                return self._sampled(queries, targets, negatives)
+            together = len(queries) if self.training else SCORES_AT_ONCE // items
+            return self._exact(queries, targets, max(1, together))
 
-    def _exact(self, queries: Tensor, targets: Tensor) -> Tensor:
+    def _exact(self, queries: Tensor, targets: Tensor, together: int) -> Tensor:
+        """The log-probabilities by a softmax over the competing items, so many rows at once."""
         vectors, biases, unmet = self.vectors(), self.biases(), self.counts == 0
         # a bias of -inf leaves an item out without another tensor as large as the scores
-        scores = torch.addmm(biases.masked_fill(unmet, -torch.inf), queries, vectors.t())
-        outside = unmet[targets].nonzero().squeeze(-1)
-        if len(outside):  # a validation target may be an item that does not compete in training
-            items = targets[outside]
-            own = (queries[outside] * vectors[items]).sum(-1) + biases[items]
-            scores = scores.index_put((outside, items), own)
-        return normalized(1.0, targets, scores)
+        competing, result = biases.masked_fill(unmet, -torch.inf), []
+        for rows, wanted in zip(queries.split(together), targets.split(together), strict=True):
+            scores = torch.addmm(competing, rows, vectors.t())
+            outside = unmet[wanted].nonzero().squeeze(-1)
+            if len(outside):  # a validation target may be an item that does not compete in training
+                items = wanted[outside]
+                own = (rows[outside] * vectors[items]).sum(-1) + biases[items]
+                scores = scores.index_put((outside, items), own)
+            result.append(normalized(1.0, wanted, scores))
+        return torch.cat(result)
 
     def _sampled(self, queries: Tensor, targets: Tensor, negatives: int) -> Tensor:
         proposal = self.counts / self.counts.sum()

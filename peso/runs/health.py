@@ -88,13 +88,12 @@ class Rivals:
     def count_ranks(self, transitions: Transitions) -> np.ndarray:
         """int (n,): the rank of each target in the list of counted transitions alone, 0 if it is not listed
         or has no evidence. Items with the same evidence are in the order of the catalog."""
-        evidence = transitions.evidence(self.cases.histories)
-        rows = np.arange(len(evidence))
-        own = evidence[rows, self.cases.targets]
-        above = (evidence > own[:, None]).sum(1)
-        before = np.arange(evidence.shape[1]) < self.cases.targets[:, None]
-        ranks = above + ((evidence == own[:, None]) & before).sum(1) + 1
-        result: np.ndarray = np.where((own > 0) & (ranks <= self.depth), ranks, 0)
+        result = np.zeros(len(self.cases), dtype=np.int64)
+        for row, (history, target) in enumerate(zip(self.cases.histories, self.cases.targets, strict=True)):
+            (evidence,) = transitions.evidence([history])
+            rank = 1 + (evidence > evidence[target]).sum() + (evidence[:target] == evidence[target]).sum()
+            if evidence[target] and rank <= self.depth:
+                result[row] = rank
         return result
 
     def _ranks(self, kind: Any, **options: Any) -> np.ndarray:
