@@ -8,8 +8,8 @@ validation cases of all later stages, each part and each form of combination ran
 printed figures are NDCG@10 of all cases, of those with an item that the stage brings, and of the others; the
 mean log-probability of the targets; and the probability that goes to items that the user has had, which are
 left out of the lists. p_codes is that of the model's candidates, and zero elsewhere. Nothing is tuned here:
-the parameter of each form is in its name. Weights of several of a workspace's seeds are compared by repeated
-calls. `--quick` uses 64 cases of each stage.
+the parameter of each form is in its name. For several seeds, call it once for each. `--quick` uses 64 cases
+of each stage.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from peso.baselines.baseline import BaselineAnswers
 from peso.config.baselines import read_baseline
 from peso.decoding.pool import Candidates, Evidence, leaf_log_probabilities
 from peso.decoding.prompt import Prompt, run_prompts
+from peso.evaluation.metrics import ndcg
 from peso.events.histories import Cases
 from peso.model.generative import GenerativeModel
 from peso.runs.baselines import BaselineRun
@@ -118,8 +119,7 @@ def figures(probabilities: np.ndarray, targets: np.ndarray, seen: np.ndarray) ->
     rows = np.arange(len(targets))
     own = probabilities[rows, targets]
     left = np.where(seen, -1.0, probabilities)
-    above = (left > own[:, None]).sum(1)
-    gains = np.where(above < DEPTH, 1 / np.log2(above + 2), 0.0)
+    gains = ndcg((left > own[:, None]).sum(1) + 1, DEPTH)
     with np.errstate(divide="ignore"):
         return {"ndcg": gains, "log": np.log(own), "seen": (probabilities * seen).sum(1)}
 
@@ -157,11 +157,11 @@ def measure(workspace: Workspace, other: Workspace, most: int) -> dict[str, Any]
     brought = np.concatenate(new)
     result: dict[str, Any] = {"cases": len(brought), "new": int(brought.sum()), "forms": {}}
     for name, stages in found.items():
-        ndcg, log, mass = (np.concatenate([one[key] for one in stages]) for key in ("ndcg", "log", "seen"))
+        gains, log, mass = (np.concatenate([one[key] for one in stages]) for key in ("ndcg", "log", "seen"))
         result["forms"][name] = {
-            "ndcg@10": ndcg.mean(),
-            "new": ndcg[brought].mean(),
-            "known": ndcg[~brought].mean(),
+            "ndcg@10": gains.mean(),
+            "new": gains[brought].mean(),
+            "known": gains[~brought].mean(),
             "log_probability": log.mean(),
             "seen": mass.mean(),
         }

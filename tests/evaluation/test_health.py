@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from reports import run
 
-from peso.evaluation.metrics import first_items, warnings
+from peso.evaluation.comparison import Comparison
+from peso.evaluation.metrics import FEWEST, first_items, warnings
 from peso.evaluation.predictions import UNRANKED, Predictions
+from peso.evaluation.report.findings import _unhealthy
 
 CASES, ITEMS, DEPTH = 60, 20, 5
 
@@ -124,3 +129,13 @@ def test_the_effective_number_of_first_items(good: np.ndarray, targets: np.ndarr
     effective, share = first_items(predictions(np.arange(CASES)[:, None] % 10 + np.arange(DEPTH), targets))
     assert effective == pytest.approx(10)
     assert share == pytest.approx(0.1)
+
+
+def test_the_report_warns_of_the_newest_stage_with_enough_cases() -> None:
+    def told(newest_cases: int) -> list[str]:
+        made = run("w", "single", 0.5, cases=(300, 300, 300, newest_cases))
+        stages = {number: replace(stage, warnings=[f"of {number}"]) for number, stage in made.stages.items()}
+        return _unhealthy(Comparison([replace(made, stages=stages)], [5]))
+
+    assert told(FEWEST) == ["Warning: “single”, stage 3: of 3."]
+    assert told(FEWEST - 1) == ["Warning: “single”, stage 2: of 2."]
