@@ -1,6 +1,6 @@
 """The cost of an item head: a training step and an answer, with and without it.
 
-    python benchmarks/item_head.py [--quick] [--large] [--json]
+    python benchmarks/item_head.py [--quick] [--negatives | --large] [--json]
 
 A small Llama (`scratch`, width 128, 4 layers, dropout 0.2, `stream`) on random histories of 20 items, all
 weights trained, in catalogs of 2,500 and 25,000 items with 4 levels × 256 codes. Steps of 32, 128 and 512
@@ -8,6 +8,9 @@ targets; the head's share of a step is 1 - t(codes) / t(items), with a softmax o
 and with 1,024 negatives (`sampled_share`). `answer_share` is the same for the search of 10 beams over 64
 users; `counted_answer_share` with counts of transitions as well, 40 edges per item. The models take turns,
 and each figure is the median over all turns.
+
+`--negatives`: instead, the head's share of a step by the number of negatives, with the sizes that `backbone:
+auto` chooses for `Video_Games`: `scratch`, 2 layers 64 wide, 256 targets, 25,935 items.
 
 `--large`: instead, the search in a catalog of a million items with vectors 64 wide (`scratch`, 2 layers), in
 processor time: of the whole search, of the exact product and the choice of its best items, and the largest
@@ -21,7 +24,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -51,6 +54,7 @@ HEADS = {
     "counted": HeadConfig(name="items"),
 }
 TRAINED = ("codes", "items", "sampled")
+SAMPLES, SAMPLED_ITEMS, SAMPLED_BATCH = (2048, 1024, 512, 256), 25_935, 256
 
 
 def build(items: int, head: HeadConfig, **sizes: int) -> GenerativeModel:
@@ -89,6 +93,17 @@ def answer_seconds(model: GenerativeModel, items: int) -> float:
     return time.perf_counter() - start
 
 
+def by_negatives(turns: int, steps: int) -> dict[str, float]:
+    """The head's share of a step with each number of negatives, and the milliseconds without a head."""
+    heads = {"codes": HEADS["codes"]}
+    heads |= {str(drawn): HeadConfig(name="items", negatives=drawn) for drawn in SAMPLES}
+    models = {name: build(SAMPLED_ITEMS, head, width=WIDTH, layers=2) for name, head in heads.items()}
+    step = partial(step_seconds, items=SAMPLED_ITEMS, batch=SAMPLED_BATCH, steps=steps)
+    found = medians(step, models, turns)
+    shares = {f"share_{name}": 1 - found["codes"] / found[name] for name in heads if name != "codes"}
+    return {"step_milliseconds": found["codes"] * 1e3, **shares}
+
+
 def large() -> dict[str, float]:
     """Milliseconds of the processor for a user in a large catalog, and the peak memory in gigabytes."""
     model = for_inference(build(LARGE, HEADS["items"], width=WIDTH, layers=2))
@@ -108,13 +123,17 @@ def large() -> dict[str, float]:
     return result
 
 
-def medians(
-    measure: Callable[[GenerativeModel], float], items: int, turns: int, heads: Sequence[str]
-) -> dict[str, float]:
-    """Seconds with each head."""
+def with_heads(items: int, heads: Sequence[str]) -> dict[str, GenerativeModel]:
     models = {head: build(items, HEADS[head]) for head in heads}
     if "counted" in models:
         models["counted"].transitions = counted(items)
+    return models
+
+
+def medians(
+    measure: Callable[[GenerativeModel], float], models: Mapping[str, GenerativeModel], turns: int
+) -> dict[str, float]:
+    """Seconds with each model; they take turns."""
     seconds: dict[str, list[float]] = {head: [] for head in models}
     for _ in range(turns):
         for head, model in models.items():
@@ -125,25 +144,29 @@ def medians(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer turns")
-    parser.add_argument("--large", action="store_true", help="a catalog of a million items")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--negatives", action="store_true", help="the share by the number of negatives")
+    mode.add_argument("--large", action="store_true", help="a catalog of a million items")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     turns, steps = (3, 6) if arguments.quick else (7, 12)
     result: dict[str, float] = {}
-    for items in () if arguments.large else CATALOGS:
+    special = arguments.large or arguments.negatives
+    for items in () if special else CATALOGS:
         for batch in BATCHES:
             step = partial(step_seconds, items=items, batch=batch, steps=steps)
-            found = medians(step, items, turns, TRAINED)
+            found = medians(step, with_heads(items, TRAINED), turns)
             result[f"step_milliseconds_{items}_{batch}"] = found["codes"] * 1e3
             result[f"step_share_{items}_{batch}"] = 1 - found["codes"] / found["items"]
             result[f"sampled_share_{items}_{batch}"] = 1 - found["codes"] / found["sampled"]
-        found = medians(partial(answer_seconds, items=items), items, turns, ("codes", "items", "counted"))
+        models = with_heads(items, ("codes", "items", "counted"))
+        found = medians(partial(answer_seconds, items=items), models, turns)
         result[f"answer_milliseconds_{items}"] = found["codes"] * 1e3
         result[f"answer_share_{items}"] = 1 - found["codes"] / found["items"]
         result[f"counted_answer_share_{items}"] = 1 - found["codes"] / found["counted"]
-    if arguments.large:
-        result = large()
+    if special:
+        result = large() if arguments.large else by_negatives(turns, steps)
     if arguments.json:
         print(json.dumps(result))
         return

@@ -1,11 +1,14 @@
 """How a small model is trained from scratch: the search that led to the settings of `peso init`.
 
-    python benchmarks/recipe.py CONFIG DIR [--settings "NAME;…"] [--quick] [--json]
+    python benchmarks/recipe.py CONFIG DIR [--settings "NAME;…"] [--set KEY=VALUE] [--later] [--test]
+        [--quick] [--json]
 
 CONFIG names a log. For each setting stage 0 is trained in a workspace of its own below DIR, from the same
 stream and semantic IDs, and its model is tested on the validation cases, with the items that users have had
-left out: by the codes alone, by the item head alone, and by both with the tuned shares. Test cases play no
-part. A run that was stopped goes on where it was. `--quick` trains two epochs of 20 steps.
+left out: by the codes alone, by the item head alone, and by both with the tuned shares. `--later` updates
+the model at all later stages, and the figures are means of these stages; `--test` tests on test cases, to
+report a setting that was chosen without them. `--set` changes a key in every setting, as for `peso run`; use
+another DIR then. A run that was stopped goes on where it was. `--quick` trains two epochs of 20 steps.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 from peso.config import load_config
 from peso.decoding import search
 from peso.runs import pipeline, preparation, reuse
+from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.machine import threads
 from peso.runtime.progress import Silent
@@ -78,10 +82,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 QUICK = {"training.epochs": 2, "training.max_steps": 40, "training.validation_cases": 64}
 
 
-def train(config: str, root: Path, changes: dict[str, Any], source: Workspace | None) -> Workspace:
-    """Stage 0 of a workspace, trained."""
-    texts = [f"{key}={json.dumps(value)}" for key, value in {**BEST, **changes}.items()]
-    workspace = Workspace.create_or_open(root, load_config(config, texts))
+def train(
+    config: str, root: Path, settings: list[str], source: Workspace | None, later: bool = False
+) -> Workspace:
+    """A workspace with a trained stage 0, or with all stages trained, with these ``KEY=VALUE`` settings."""
+    workspace = Workspace.create_or_open(root, load_config(config, settings))
     with workspace.lock():
         if not workspace.has_semantic_ids:
             if source is not None:
@@ -92,18 +97,41 @@ def train(config: str, root: Path, changes: dict[str, Any], source: Workspace | 
         if not workspace.stage(0).is_trained:
             pipeline.rehearse_stages(workspace, Silent())
             pipeline.learn(workspace.stage(0), Silent())
+        for number in range(1, workspace.stream.stages if later else 1):
+            if not workspace.stage(number).is_trained:
+                pipeline.learn(workspace.stage(number), Silent())
     return workspace
 
 
-def measure(workspace: Workspace) -> dict[str, Any]:
-    """NDCG@10 on the validation cases of stage 0 by each part of the model, and how it was trained."""
-    stage, config = workspace.stage(0), workspace.config
-    training, model = stage.metrics["training"], stage.answering_model()
-    cases = workspace.stream.stage(0).validation_cases(config.prompt.window)
+def measure(workspace: Workspace, later: bool = False, test: bool = False) -> dict[str, Any]:
+    """NDCG@10 by each part of the model, and how stage 0 was trained.
+
+    Args:
+        later: the figures are means of the later stages, instead of those of stage 0.
+        test: on test cases, instead of validation cases.
+    """
+    stages = range(1, workspace.stream.stages) if later else range(1)
+    rows = [by_parts(workspace.stage(number), test) for number in stages]
+    training = workspace.stage(0).metrics["training"]
+    return {
+        "ndcg@10": {part: float(np.mean([found[part] for found, _ in rows])) for part in rows[0][0]},
+        "cases": sum(cases for _, cases in rows),
+        "best_epoch": training["best_epoch"],
+        "epochs": len(training["validation_losses"]),
+        "validation_loss": min(training["validation_losses"]),
+        "minutes": training["seconds"] / 60,
+    }
+
+
+def by_parts(stage: RunStage, test: bool) -> tuple[dict[str, float], int]:
+    """NDCG@10 of a stage by each part of its model, and the number of cases."""
+    config, model, stream = stage.workspace.config, stage.answering_model(), stage.workspace.stream
+    of_stage = stream.stage(stage.number)
+    cases = (of_stage.test_cases if test else of_stage.validation_cases)(config.prompt.window)
     leaves = model.semantic_ids.trie.leaf_of[cases.targets]
     head = model.vocabulary.item_head
     tuned, counted = None if head is None else head.shares.clone(), model.transitions
-    found = {}
+    found: dict[str, float] = {}
     for part, share in {"codes": 0.0, "head": 1.0, "both": None}.items():
         if head is None and share != 0.0:
             continue
@@ -114,14 +142,7 @@ def measure(workspace: Workspace) -> dict[str, Any]:
             lists = search(model, cases.histories, beams=20, exclude=cases.seen)
         hits = lists.leaves[:, :10] == leaves[:, None]
         found[part] = float((hits / np.log2(np.arange(10) + 2)).sum(1).mean())
-    return {
-        "ndcg@10": found,
-        "cases": len(cases),
-        "best_epoch": training["best_epoch"],
-        "epochs": len(training["validation_losses"]),
-        "validation_loss": min(training["validation_losses"]),
-        "minutes": training["seconds"] / 60,
-    }
+    return found, len(cases)
 
 
 def main() -> None:
@@ -131,6 +152,9 @@ def main() -> None:
     parser.add_argument("config", help="a configuration; its section `data` is used")
     parser.add_argument("directory", type=Path, help="where the workspaces are kept")
     parser.add_argument("--settings", help=f"some of: {'; '.join(SETTINGS)} (separated by semicolons)")
+    parser.add_argument("--later", action="store_true", help="update at the later stages, and measure there")
+    parser.add_argument("--test", action="store_true", help="on test cases")
+    parser.add_argument("--set", action="append", default=[], help="a change of every setting, KEY=VALUE")
     parser.add_argument("--quick", action="store_true", help="a few steps: to see that it works")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
@@ -141,10 +165,11 @@ def main() -> None:
     source: Workspace | None = None
     for name in names:
         root = options.directory / name.replace(" ", "_").replace(":", "").replace(",", "")
-        changes = {**SETTINGS[name], **(QUICK if options.quick else {})}
-        workspace = train(options.config, root, changes, source)
+        changes = {**BEST, **SETTINGS[name], **(QUICK if options.quick else {})}
+        settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()] + options.set
+        workspace = train(options.config, root, settings, source, options.later)
         source = source or workspace
-        results[name] = measure(workspace)
+        results[name] = measure(workspace, options.later, options.test)
         if not options.json:
             row = results[name]
             parts = ", ".join(f"{part} {value:.4f}" for part, value in row["ndcg@10"].items())
