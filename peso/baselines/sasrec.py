@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from peso.baselines.baseline import Setting, padded
 from peso.baselines.fitting import LossOf, Network
-from peso.config.model import MOST_EPOCHS
+from peso.config.model import MOST_EPOCHS, WIDEST
 from peso.config.parsing import new_key
 from peso.events.histories import Cases, Stage, TargetSequence
 from peso.runtime.machine import LAYER, TRAINED
@@ -44,11 +44,12 @@ class SasRec(Network):
         {"learning_rate": rate, "dropout": dropout, "weight_decay": decay}
         for rate, dropout, decay in [
             *[(1e-3, 0.2, 0.01), (3e-3, 0.2, 1.0), (3e-3, 0.2, 0.1), (3e-3, 0.5, 1.0)],
-            *[(3e-3, 0.5, 0.1), (1e-3, 0.2, 1.0), (1e-3, 0.5, 0.1), (3e-3, 0.5, 0.01)],
+            *[(3e-3, 0.5, 0.1), (1e-3, 0.2, 1.0), (1e-3, 0.5, 0.1), (1e-3, 0.5, 0.3)],
         ]
     )
 
     class Options(Network.Options):
+        width: int = Field(128, ge=1, le=WIDEST, description="embedding width")
         epochs: int = Field(
             100,
             ge=1,

@@ -280,20 +280,20 @@ def test_what_is_open_is_chosen_by_halving_and_learned_as_if_it_had_been_given(
 ) -> None:
     stages = [cycles(0, 30), cycles(1, 30, step=5)]
     open_options = dict.fromkeys(make().SETTINGS[0])
-    model = make(epochs=9, patience=9, **open_options)
+    model = make(epochs=17, patience=17, **open_options)
     figures = model.learn(stages[:1], Silent())
-    assert sorted(trial["epochs"] for trial in figures["tried"]) == [4] * 4 + [8] * 2 + [9] * 2
+    assert sorted(trial["epochs"] for trial in figures["tried"]) == [8] * 4 + [16] * 2 + [17] * 2
     (best,) = [each for each in figures["tried"] if figures["chosen"].items() <= each.items()]
-    assert best["epochs"] == 9
-    assert best["ndcg"] == max(each["ndcg"] for each in figures["tried"] if each["epochs"] == 9)
+    assert best["epochs"] == 17
+    assert best["ndcg"] == max(each["ndcg"] for each in figures["tried"] if each["epochs"] == 17)
 
-    alone = make(epochs=9, patience=9, **figures["chosen"])
+    alone = make(epochs=17, patience=17, **figures["chosen"])
     assert alone.learn(stages[:1], Silent())["validation_loss"] == figures["validation_loss"]
     cases = stages[0].test_cases(WINDOW)
     np.testing.assert_array_equal(alone.scores(cases), model.scores(cases))
 
     model.save(tmp_path)
-    restored = make(epochs=9, patience=9, **open_options)
+    restored = make(epochs=17, patience=17, **open_options)
     restored.restore(tmp_path, stages[:1])
     np.testing.assert_array_equal(restored.scores(cases), model.scores(cases))
     later = restored.learn(stages, Silent())  # keeps the choice
