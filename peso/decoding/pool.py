@@ -293,6 +293,7 @@ def _gains(candidates: Candidates, targets: Tensor, depth: int) -> Tensor:
     result = []
     for share in _uniform(len(targets), targets):
         leaves, _ = candidates.best(share, depth)
-        place = (leaves == targets).float()  # (users, depth)
-        result.append(place @ (torch.arange(depth, device=place.device) + 2).float().log2().reciprocal())
+        place = (leaves == targets).float()  # (users, depth), or fewer columns if there are fewer candidates
+        ranks = torch.arange(place.shape[1], device=place.device) + 1
+        result.append(place @ (ranks + 1).float().log2().reciprocal())
     return torch.stack(result)

@@ -334,7 +334,7 @@ def warnings(
     )
     effective, share = first_items(answers)
     listed = effective_number(item for items in answers.items for item in items)
-    if effective < FEW_FIRST_ITEMS:
+    if effective < min(FEW_FIRST_ITEMS, math.inf if catalogue is None else catalogue / 2):
         found["first_items"] = f"{share:.0%} of all users get the same first item: {cure}"
     elif (
         catalogue is not None
@@ -369,9 +369,10 @@ def warnings(
         )
     if count_ranks is not None and own <= (counts := float(ndcg(count_ranks, k).mean())):
         found["counts"] = (
-            f"the model's counts of transitions between items alone are at least as good (NDCG@{k} "
-            f"{counts:.4f}, the model {own:.4f}), so what was trained adds nothing to them. Train longer, or "
-            "with another training.learning_rate"
+            f"the model's counts of transitions between items alone rank at least as well (NDCG@{k} "
+            f"{counts:.4f}, the model {own:.4f}), so what was trained does not improve the first {k} items "
+            "here. If the baseline item-graph is as good in the report, too, train longer, or with another "
+            "training.learning_rate"
         )
     if ease_ranks is not None and own <= (ease := float(ndcg(ease_ranks, k).mean())):
         found["ease"] = (

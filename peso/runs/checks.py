@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peso.config import Config, ItemsConfig, baseline_label
+from peso.config import Config, HeadConfig, ItemsConfig, baseline_label
 from peso.config.data import LOG_FORMATS
 from peso.config.items import FILES, HASHING
 from peso.config.model import BUILT_IN, CONTEXT, LINEAR_LAYERS, MOST_EPOCHS, is_path
@@ -40,6 +40,7 @@ def check_configuration(config: Config) -> None:
     config = provisional(config)
     _check_sizes(config)
     _check_backbone(config)
+    _check_head(config.head)
     for named in config.strategy.foreign:
         module = named.partition(".")[0]
         if not module or find_spec(module) is None:
@@ -76,6 +77,18 @@ def check_configuration(config: Config) -> None:
             f"evaluation.k asks for {asked} items, but data.simulate.items is {items}; ask for fewer, or "
             "simulate more"
         )
+
+
+def _check_head(head: HeadConfig) -> None:
+    """Refuse options of the item head for a model without one: they would have no effect."""
+    if head.name == "items":
+        return
+    for key in ("weight", "negatives", "learning_rate_scale"):
+        if (value := getattr(head, key)) != HeadConfig.model_fields[key].default:
+            raise ConfigError(
+                f"head.{key}: {value:g} has no effect without the item head; set head.name=items, or leave "
+                "it out"
+            )
 
 
 def check_surroundings(workspace: Workspace, data: bool = True, models: bool = True) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -173,6 +175,17 @@ def test_the_shares_are_those_that_rank_the_targets_best() -> None:
     part = Candidates(leaves[:90], codes[:90], items[:90])
     few = best_weights(part, only(part, targets[:90]), lengths[:90], depth=5)
     assert len(set(few.shares)) == 1  # too few cases for shares of their own
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_weights_are_chosen_for_a_catalog_smaller_than_the_depth(size: int) -> None:
+    users = 40
+    leaves = torch.arange(size).expand(users, -1)
+    same = torch.full((users, size), -math.log(size))
+    every, targets = Candidates(leaves, same, same), torch.arange(users) % size
+    chosen = best_weights(every, only(every, targets), torch.ones(users, dtype=torch.long), depth=10)
+    ranks = 1 + np.arange(users) % size
+    assert chosen.means == pytest.approx([(1 / np.log2(ranks + 1)).mean()] * len(chosen.means))
 
 
 @pytest.mark.parametrize("truthful", ["counts", "model"])

@@ -95,13 +95,23 @@ def test_with_an_item_head_the_likelihood_of_the_whole_answer_counts(
     assert "than by how often each item occurs" in found[1]
 
 
+@pytest.mark.parametrize(("catalogue", "told"), [(1, False), (2, False), (5, True), (100, True)])
+def test_one_first_item_is_no_collapse_of_a_catalogue_without_others(
+    targets: np.ndarray, catalogue: int, told: bool
+) -> None:
+    same = np.tile(np.arange(min(catalogue, 5)), (CASES, 1))
+    same[: CASES // 2] = same[: CASES // 2, ::-1]  # two first items in turn, if there are two
+    found = warnings(predictions(same, targets), POPULAR, FREQUENCIES, catalogue=catalogue)
+    assert ("first_items" in found) == told
+
+
 def test_counts_of_transitions_that_are_as_good_alone(good: np.ndarray, targets: np.ndarray) -> None:
     answers = predictions(good, targets)
     low = np.full(CASES, answers.target_log_probability.mean() - 1)
     assert not warnings(answers, POPULAR, low, count_ranks=POPULAR, item_head=True)
     found = warnings(answers, POPULAR, low, count_ranks=np.ones(CASES, int), item_head=True)
     assert [*found] == ["counts"]
-    assert "what was trained adds nothing to them" in found["counts"]
+    assert "what was trained does not improve the first 5 items here" in found["counts"]
 
 
 def test_the_most_popular_items_as_good_for_all(good: np.ndarray, targets: np.ndarray) -> None:

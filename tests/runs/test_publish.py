@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -60,7 +61,12 @@ def ranked(answers: list[tuple[str, float]]) -> list[str]:
 @pytest.mark.parametrize("form", ["merged", "peft"])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_code_in_the_card_answers_as_the_stage(
-    runs: dict[str, Recommender], head: str, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Recommender],
+    head: str,
+    form: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     runs[head].export(tmp_path / "model", form)
     monkeypatch.chdir(tmp_path / "model")
@@ -76,7 +82,9 @@ def test_the_code_in_the_card_answers_as_the_stage(
         assert len({*names["best"]} & {*wanted}) >= 8
     assert names["best"][0] == wanted[0]
     for code in others:
+        capsys.readouterr()
         exec(code, {})
+        assert ranked(ast.literal_eval(capsys.readouterr().out)) == wanted
 
 
 def test_the_card_has_data_stages_metrics_with_intervals_limits_and_no_path(
