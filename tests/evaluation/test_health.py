@@ -25,7 +25,7 @@ def predictions(lists: np.ndarray, targets: np.ndarray, first_code: float = -0.5
         users=[f"u{n}" for n in range(len(lists))],
         targets=[f"i{t}" for t in targets],
         items=[[f"i{item}" for item in row] for row in lists],
-        scores=[np.zeros(DEPTH, np.float32)] * len(lists),
+        scores=[np.zeros(lists.shape[1], np.float32)] * len(lists),
         rank_semantic_id=ranks,
         rank_item=ranks,
         target_log_probability=levels.sum(axis=1),
