@@ -24,6 +24,7 @@ from peso.errors import ConfigError
 # parts of pydantic's locations that are not keys: the member of a union of plain values
 MEMBER = re.compile(r"(constrained-)?(int|float|bool|str)$|(literal|list)\[|function-")
 MOST_PROBLEMS = 5  # problems of a configuration that one message lists
+MOST_LISTED = 12  # keys of a section that a message lists
 MARKS = "*?["  # the characters that make a path a pattern, unless it exists
 SIZED = ("backbone", "head", "training")  # the sections that `backbone: auto` chooses
 
@@ -270,13 +271,26 @@ def explained(error: ValidationError, explain: Callable[[Any], str]) -> str:
 
 
 def nearest(key: str, names: Sequence[str]) -> str:
-    """The most similar of these names."""
+    """The most similar of these names; those whose last part contains that of the key are preferred."""
+    last = key.rpartition(".")[2]
+    names = [name for name in names if last in name.rpartition(".")[2]] or names
     return (difflib.get_close_matches(key[:80], names, n=1, cutoff=0) or names)[0]
 
 
 def unknown_key(key: str, value: str, names: Sequence[str]) -> str:
-    """A sentence about a key that is none of these names."""
-    return f"unknown key {shown(key)} (value {value}); the nearest valid key is {nearest(key, names)!r}"
+    """A sentence about a key that is none of these names. If its section has some of them, one of these is
+    suggested."""
+    section = key.rpartition(".")[0]
+    own = [name for name in names if section and name.rpartition(".")[0] == section]
+    told = (
+        f"unknown key {shown(key)} (value {value}); the nearest valid key is {nearest(key, own or names)!r}"
+    )
+    return f"{told}; {section} has the keys {_listed(own)}" if 1 < len(own) <= MOST_LISTED else told
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """The last parts of keys, such as ``epochs, patience``."""
+    return ", ".join(key.rpartition(".")[2] for key in keys)
 
 
 def _explain(problem: Any) -> str:
@@ -290,6 +304,8 @@ def _explain(problem: Any) -> str:
         *above, option = parts
         there = [".".join([*above, each]) for each in context["there"]]
         cure = f"the nearest valid key is {nearest(key, there)!r}" if there else "it has none"
+        if 1 < len(there) <= MOST_LISTED:
+            cure += f"; the options are {_listed(there)}"
         why = f"{context['part']} has no option {shown(option)} (given {value})"
         return f"unknown key {shown(key)}: {why}; {cure}"
     if problem["type"] == UNKNOWN_NAME:
@@ -301,7 +317,9 @@ def _explain(problem: Any) -> str:
         hint = "; a configuration needs at least data.format (and data.path)" if parts[0] == "data" else ""
         return f"{key} is missing{hint}"
     if problem["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} is a section: give its keys below it, or remove it; got {value}"
+        own = [name for name in valid_keys() if name.rpartition(".")[0] == key]
+        listed = f" ({_listed(own)})" if 0 < len(own) <= MOST_LISTED else ""
+        return f"{key} is a section: give its keys{listed} below it, or remove it; got {value}"
     if problem["type"] == "list_type":
         return f"{key} is a list: write it in brackets, such as [a, b]; got {value}"
     message: str = problem["msg"].removeprefix("Value error, ")

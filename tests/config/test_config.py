@@ -52,6 +52,11 @@ def test_every_key_can_be_set_on_the_command_line():
     ("override", "words"),
     [
         ("training.epoch=2", ["'training.epoch'", "2", "'training.epochs'"]),
+        (
+            "training.later.rate=1",
+            ["'training.later.learning_rate'", "training.later has the keys learning_rate, epochs"],
+        ),
+        ("baselines=[{name: ease, foo: 3}]", ["'ease' has no option 'foo'", "the options are "]),
         ("trainin.epochs=2", ["'trainin'", "'training'"]),
         ("training.epochs=x", ["training.epochs", "'x'", "integer"]),
         ("training.epochs=0", ["training.epochs", "0", "greater"]),
