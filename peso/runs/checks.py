@@ -86,7 +86,7 @@ def _check_head(head: HeadConfig) -> None:
     for key in ("weight", "negatives", "learning_rate_scale"):
         if (value := getattr(head, key)) != HeadConfig.model_fields[key].default:
             raise ConfigError(
-                f"head.{key}: {value:g} has no effect without the item head; set head.name=items, or leave "
+                f"head.{key}: {value} has no effect without the item head; set head.name=items, or leave "
                 "it out"
             )
 

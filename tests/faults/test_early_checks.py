@@ -165,7 +165,10 @@ def test_what_the_log_is_too_small_or_too_large_for_is_refused_before_semantic_i
     [
         ("adapter.targets=[q_porj.q_proj]", "no linear layer named q_porj.q_proj; it has: .*q_proj"),
         ("prompt.window=2047", "prompts reach .* tokens"),
-        ("head.negatives=9", "head.negatives: 9 has no effect without the item head; set head.name=items"),
+        (
+            "head.negatives=900000",
+            "head.negatives: 900000 has no effect without the item head; set head.name=items",
+        ),
         ("head={name: codes, weight: 0.5}", "head.weight: 0.5 has no effect"),
         ("head.learning_rate_scale=0.1", "head.learning_rate_scale: 0.1 has no effect"),
         ("training.device=cuda:99", r"training\.device 'cuda:99'"),

@@ -80,6 +80,15 @@ def test_counts_follow_the_rule_for_seen_items_as_it_is_now(workspace: Workspace
             assert model.transitions.repeats is kept
 
 
+@pytest.mark.parametrize(("rule", "leaves_out"), [("keep", False), ("leave-out", True)])
+def test_the_code_of_the_card_follows_the_rule_for_seen_items(
+    workspace: Workspace, rule: str, leaves_out: bool
+) -> None:
+    config = load_config({**TREE, "decoding": {"beams": BEAMS, "repeats": rule}})
+    card = card_of(workspace.with_config(config).stage(0), "merged")
+    assert ("beam_search(model" in card, "exclude_seen=True" in card) == (True, leaves_out)
+
+
 def test_the_card_says_what_the_head_is_worth_without_the_codes(workspace: Workspace) -> None:
     stage = workspace.stage(0)
     by_share = stage.training["item_head"]["ndcg@10"]
