@@ -48,7 +48,7 @@ LossOf = Callable[[np.ndarray], "Tensor"]
 class Network(Tuned):
     """A baseline with a network. Training stops early by the NDCG of validation targets."""
 
-    random, revision = True, 2
+    random, revision = True, 1
 
     class Options(Tuned.Options):
         width: int = Field(64, ge=1, le=WIDEST, description="embedding width")

@@ -113,8 +113,9 @@ class BaselineRun:
     def _manifest(self, stage: int) -> Manifest:
         manifest = read_manifest(self.stage_directory(stage), FORMAT)
         config = read_baseline(manifest["baseline"])
-        # an earlier version had other defaults, and one before it did not record the label
-        same = config.name == self.config.name and manifest.get("label", self.label) == self.label
+        # an earlier version had other defaults, so another label, and one before it did not record the label
+        labelled = config.name == self.config.name and manifest.get("label", self.label) == self.label
+        same = config == self.config or labelled
         if not same or manifest["stage"] != stage:
             raise WorkspaceError(
                 f"{manifest.directory} contains stage {manifest['stage']} of {baseline_label(config)}, not "

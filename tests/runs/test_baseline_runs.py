@@ -277,3 +277,20 @@ def test_results_of_a_version_with_another_default_are_made_again_in_the_same_pl
     assert [run.is_done(stage) for stage in range(3)] == [True, False, True]
     run.run(Silent())
     assert run.is_done(1)
+
+
+def test_results_with_the_label_of_earlier_defaults_stay_readable(
+    finished: Workspace, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished.root, root)
+    (ease,) = [config for config in finished.config.baselines if config.name == "ease"]
+    (root / "baselines" / baseline_label(ease)).rename(root / "baselines" / "ease")
+    for stage in range(3):  # as of a version whose default was 30 items
+        directory = root / "baselines" / "ease" / str(stage)
+        manifest = {**read_manifest(directory, 1), "label": "ease"}
+        write_manifest(directory, 1, manifest, manifest["files"])
+    workspace = Workspace.open(root)
+    assert ease in found_baselines(workspace)
+    (summary,) = [run for run in baseline_summaries(workspace, [ease]) if "static" not in run.name]
+    assert [*summary.stages] == [0, 1, 2]
