@@ -132,8 +132,7 @@ class Baseline(Part, ABC):
 def known_histories(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
     """The items of each user, oldest first, that may be used when training on the last of these stages.
 
-    Of the last stage, these are the training items, which are ``current[:-2]`` of users with at least three
-    items in it. Its other events may be used from the next stage on.
+    Of the last stage, these are the training targets. Its other events may be used from the next stage on.
     """
     *past, latest = stages
     known: dict[str, np.ndarray] = {}

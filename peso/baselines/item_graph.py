@@ -109,8 +109,8 @@ class Sequences:
 def known_sequences(stages: Sequence[Stage]) -> Sequences:
     """The events that may be used when training on the last of these stages.
 
-    Of the last stage, these are the training items of users with at least three items in it. Events that
-    occur only in a ``previous`` list have the age of the first given stage.
+    Of the last stage, these are the training targets. Events that occur only in a ``previous`` list have the
+    age of the first given stage.
     """
     *past, latest = stages
     parts: dict[str, list[tuple[np.ndarray, int]]] = {}

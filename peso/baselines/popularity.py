@@ -1,9 +1,8 @@
 """Popularity recommends the items with the most events, the same list for every user.
 
-At stage t, the counted events are all events of earlier stages and the training items of stage t, which are
-``current[:-2]`` of users with at least three items in the stage. With ``last`` = n, only stages t - n + 1 … t
-are counted. Events in ``previous`` lists are counted only for the first given stage, because later
-``previous`` lists repeat the events of earlier stages.
+At stage t, the counted events are all events of earlier stages and the training targets of stage t. With
+``last`` = n, only stages t - n + 1 … t are counted. Events in ``previous`` lists are counted only for the
+first given stage, because later ``previous`` lists repeat the events of earlier stages.
 """
 
 from __future__ import annotations

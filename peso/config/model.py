@@ -317,6 +317,12 @@ class TrainingConfig(Section):
         description="which rows of embedding and head are trained beside the adapter: those of the semantic "
         "tokens, or all, words included, as in the paper's released code (the paper's preset: all)",
     )
+    users: Literal["tested", "all"] = new_key(
+        "tested",
+        description="whose events are training targets, for models and baselines alike. tested: users with "
+        "at least three events in the stage, without the last two, as in the paper; all: also all events of "
+        "users with one or two",
+    )
     later: LaterTrainingConfig = new_key(LaterTrainingConfig())
     gradient_checkpointing: bool = new_key(
         False, description="use less memory for a third more computation; same results"

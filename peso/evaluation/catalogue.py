@@ -63,7 +63,7 @@ class Catalogue:
             if number == 0:  # events from before the stream
                 before += np.bincount(stage.previous.values, minlength=len(before))
             learned = np.concatenate(
-                [np.empty(0, dtype=np.int64), *(stage.current[row][:-2] for row in stage.eligible())]
+                [np.empty(0, dtype=np.int64), *(targets for _, targets in stage.trained())]
             ).astype(np.int64)
             now = before + np.bincount(learned, minlength=len(before))
             seen[number] = now[: stream.items_known(number)]

@@ -14,6 +14,7 @@ import yaml
 
 from peso.evaluation.catalogue import Catalogue
 from peso.evaluation.predictions import Predictions
+from peso.events.histories import TargetUsers
 from peso.items.names import ItemNames
 
 
@@ -84,6 +85,7 @@ class StageSummary:
             :func:`peso.adapters.anchor_report.anchor_effect`, and ``strategy`` (weight, strength, ρ̄). It is
             empty if no adapter was trained.
         leaves_out_seen: whether items that a user has already had were left out of the answers.
+        target_users: the users whose events were training targets (``training.users``).
         warnings: problems with the answers, see :func:`peso.evaluation.metrics.warnings`.
         trials: what chose the learning rates of each training, see :mod:`peso.training.rate_trials`.
     """
@@ -93,6 +95,7 @@ class StageSummary:
     curve: TrainingCurve | None = None
     anchor: Mapping[str, Any] = field(default_factory=dict)
     leaves_out_seen: bool = False
+    target_users: TargetUsers = "tested"
     warnings: Sequence[str] = ()
     trials: Sequence[Mapping[str, Any]] = ()
 

@@ -12,6 +12,7 @@ import numpy as np
 from peso.errors import DataError, UntrainableStage
 
 Part = Literal["validation", "test"]
+TargetUsers = Literal["tested", "all"]  # whose events are training targets
 LEFT_OUT: dict[Part, int] = {"validation": 2, "test": 1}  # a user's last items, the first of them the target
 MIN_STAGE_ITEMS = 3  # one training target, one validation item and one test item
 
@@ -100,26 +101,37 @@ class Stage:
 
     This follows the protocol of the released code. The training targets are ``current[:-2]``, the validation
     target is ``current[-2]`` and the test target is ``current[-1]``; the history of a target is everything
-    before it in previous + current. Users with fewer than three items in the stage have no targets, but their
-    events are part of later histories.
+    before it in previous + current. Users with fewer than three items in the stage have no validation and no
+    test target, and their events are part of later histories. With ``target_users="tested"``, as in the
+    released code, they have no training targets either; with ``"all"``, all their items in the stage are
+    training targets.
     """
 
     number: int
     users: list[str]
     previous: Ragged
     current: Ragged
+    target_users: TargetUsers = "tested"
 
     def eligible(self) -> np.ndarray:
-        """Rows of the users with at least three items in the stage, in stored order."""
+        """Rows of the users with at least three items in the stage, in stored order. These are tested."""
         return np.flatnonzero(self.current.lengths >= MIN_STAGE_ITEMS)
 
+    def trained(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The row of each user with training targets, in stored order, and these targets (int32)."""
+        for row, length in enumerate(self.current.lengths):
+            if length >= MIN_STAGE_ITEMS:
+                yield row, self.current[row][:-2]
+            elif length and self.target_users == "all":
+                yield row, self.current[row]
+
     def training_sequences(self) -> list[TargetSequence]:
-        """The items and training targets of each eligible user."""
+        """The items and training targets of each user who has training targets."""
         return [
             TargetSequence(
-                self.users[i], np.concatenate([self.previous[i], self.current[i][:-2]]), len(self.previous[i])
+                self.users[row], np.concatenate([self.previous[row], targets]), len(self.previous[row])
             )
-            for i in self.eligible()
+            for row, targets in self.trained()
         ]
 
     def cases(self, part: Part, window: int) -> Cases:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from peso.errors import DataError, WorkspaceError
 from peso.events import columns
-from peso.events.histories import Ragged, Stage, require_trainable, stage_counts
+from peso.events.histories import Ragged, Stage, TargetUsers, require_trainable, stage_counts
 from peso.runtime.files import link
 from peso.runtime.manifest import intact, read_manifest, write_manifest
 
@@ -108,19 +108,26 @@ def replace_stages(directory: Path, stages: Iterable[Stage], manifest: Mapping[s
 class Stream:
     """An open stream directory. Files are read and checked against their sha256 when they are needed."""
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, manifest: Mapping[str, Any], target_users: TargetUsers = "tested"
+    ) -> None:
         self.directory = directory
         self.manifest = manifest
+        self.target_users = target_users
 
     @classmethod
-    def open(cls, directory: str | Path) -> Stream:
+    def open(cls, directory: str | Path, target_users: TargetUsers = "tested") -> Stream:
         """Open a directory that :func:`write_stream` wrote.
+
+        Args:
+            target_users: the users whose events are training targets
+                (:class:`peso.events.histories.Stage`). It is not stored in the stream.
 
         Raises:
             WorkspaceError: the manifest is missing or damaged, or a newer version wrote it.
         """
         directory = Path(directory)
-        return cls(directory, read_manifest(directory, FORMAT))
+        return cls(directory, read_manifest(directory, FORMAT), target_users)
 
     @property
     def stages(self) -> int:
@@ -140,7 +147,7 @@ class Stream:
             WorkspaceError: its file is missing or damaged.
         """
         self._require_stage(number)
-        return as_stage(number, self._read(stage_file(number)))
+        return as_stage(number, self._read(stage_file(number)), self.target_users)
 
     @property
     def erasures(self) -> int:
@@ -241,19 +248,20 @@ class Stream:
         with readable(path), pq.ParquetFile(path) as file:
             found = [batch.filter(pc.is_in(batch[columns.USER], wanted)) for batch in file.iter_batches()]
             rows = pa.Table.from_batches(found, file.schema_arrow)
-        return as_stage(0, rows)
+        return as_stage(0, rows, self.target_users)
 
     def _pieces(self, name: str, number: int) -> Iterator[Stage]:
         path = self.file(name)
         with readable(path), pq.ParquetFile(path) as file:
             for batch in file.iter_batches(PIECE):
-                yield as_stage(number, batch)
+                yield as_stage(number, batch, self.target_users)
 
     def training_events(self, stages: Iterable[int]) -> Iterator[np.ndarray]:
         """The item numbers of each user in each of some stages, int32, oldest first, without the user's
         validation and test event of the stage.
 
-        Users without training targets are left out. Of the events before a stage, only those from before the
+        Users with fewer than three events in the stage are left out, whatever ``target_users``: semantic IDs
+        do not depend on it. Of the events before a stage, only those from before the
         stream are included: the others belong to earlier stages, with their validation and test events.
 
         Raises: as :meth:`stage`.
@@ -332,10 +340,11 @@ def _list_array(ragged: Ragged) -> pa.ListArray:
     )
 
 
-def as_stage(number: int, rows: pa.Table | pa.RecordBatch) -> Stage:
+def as_stage(number: int, rows: pa.Table | pa.RecordBatch, target_users: TargetUsers = "tested") -> Stage:
     """A stage from the rows that :func:`stage_table` made."""
     users = rows[columns.USER].to_pylist()
-    return Stage(number, users, _ragged(rows[columns.PREVIOUS]), _ragged(rows[columns.CURRENT]))
+    previous, current = _ragged(rows[columns.PREVIOUS]), _ragged(rows[columns.CURRENT])
+    return Stage(number, users, previous, current, target_users)
 
 
 def _ragged(column: pa.ChunkedArray | pa.ListArray) -> Ragged:

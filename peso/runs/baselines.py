@@ -141,6 +141,8 @@ class BaselineRun:
         revisions = [BASELINES.find(each.name).revision for each in (self.config, *self.config.fused)]
         if any(revisions):
             result = digest(result, revisions)
+        if config.training.users != "tested":  # earlier versions did not have this key
+            result = digest(result, config.training.users)
         if not self.config.fused:
             return result
         models = [self.workspace.stage(number) for number in sorted({0, stage})]
@@ -225,7 +227,13 @@ class BaselineRun:
         """The predictions for a stage of a baseline that needs no earlier state; nothing is stored."""
         learned, _ = self._learn(stage, None, Silent())
         found = self._test(learned, stage, Silent()).named(self.workspace.names)
-        return StageSummary(found, leaves_out_seen=not learned.repeats)
+        return self._summary(found, leaves_out_seen=not learned.repeats)
+
+    def _summary(
+        self, predictions: Predictions, cost: StageCost | None = None, *, leaves_out_seen: bool
+    ) -> StageSummary:
+        users = self.workspace.config.training.users
+        return StageSummary(predictions, cost, leaves_out_seen=leaves_out_seen, target_users=users)
 
     def _learn(
         self, stage: int, aside: Path | None, observer: Observer
@@ -355,12 +363,12 @@ class BaselineRun:
             size = manifest.get("bytes_on_disk", size_of(manifest.directory / MODEL))
             cost = StageCost(manifest["seconds"], bytes_on_disk=size)
             left_out = not manifest["settings"].get("repeats", True)
-            continual[stage] = StageSummary(
+            continual[stage] = self._summary(
                 self._predictions(stage, PREDICTIONS), cost, leaves_out_seen=left_out
             )
             static[stage] = continual[stage]
             if stage:
-                static[stage] = StageSummary(
+                static[stage] = self._summary(
                     self._predictions(stage, STATIC), leaves_out_seen=static[0].leaves_out_seen
                 )
         seed = self.workspace.config.seed if is_random(self.config) else None

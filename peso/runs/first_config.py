@@ -50,6 +50,7 @@ COMMENTS = {
     "head.contents": "items are also scored by their texts",
     "strategy": "How later stages are trained: docs/reference/strategies.md",
     "training": "For a quick try: --set training.max_steps=20",
+    "training.users": "tested: train only on users with at least three events in a stage, as in the paper",
     "training.epochs": "maximum; the epoch with the lowest validation loss is kept",
     "training.patience": "training stops after this many epochs without a lower validation loss",
     "training.later": "for updates; auto: rates are chosen by short trials on validation",
@@ -153,11 +154,11 @@ def first_config(
         "backbone": "scratch",
         "head": "items",
         "strategy": "peso",
-        "training": {},
+        "training": {"users": "all"},
         "seed": 0,
     }
-    if form in STREAMS:  # with semantic IDs, and stages, of their own
-        del tree["items"]
+    if form in STREAMS:  # with semantic IDs, stages and a protocol of their own
+        del tree["items"], tree["training"]["users"]
     for text in overrides:
         override(tree, text)
     config, manifest, has_texts = _tested(tree, target.parent, observer)

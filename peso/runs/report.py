@@ -251,6 +251,7 @@ def _stage(stage: RunStage) -> StageSummary:
         _curve(stage.log),
         {**training.get("anchor", {}), **held},
         stage.metrics["test"].get("repeats") == "leave-out",
+        stage.config.training.users,
         known_warnings(stage),
         training.get("trials", ()),
     )

@@ -13,7 +13,7 @@ from peso.config import Config
 from peso.config.reading import with_earlier_defaults
 from peso.config.shape import moved, stage_shape
 from peso.errors import WorkspaceError
-from peso.events.histories import Cases, Part
+from peso.events.histories import Cases, Part, TargetUsers
 from peso.runtime.files import digest, read_json_lines, read_json_object
 from peso.runtime.machine import require_device
 from peso.runtime.manifest import MANIFEST, REPLACING, Manifest, intact, is_listed, read_manifest
@@ -194,7 +194,7 @@ class RunStage:
         if rule != "auto":
             return rule == "leave-out"
         known = tuple(stream.fingerprint(n) for n in range(min(self.number + 1, stream.stages)))
-        return not _repeats_occur(stream.directory, known)
+        return not _repeats_occur(stream.directory, known, stream.target_users)
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -401,14 +401,14 @@ class StageTest:
 
 
 @lru_cache(maxsize=64)
-def _repeats_occur(directory: Path, fingerprints: tuple[str, ...]) -> bool:
+def _repeats_occur(directory: Path, fingerprints: tuple[str, ...], users: TargetUsers) -> bool:
     """Whether a user has an item twice in the first stages of a stream, as many as there are fingerprints."""
     from peso.baselines.baseline import has_repeats
     from peso.events.stream import Stream
 
-    stream, newest = Stream.open(directory), len(fingerprints) - 1
+    stream, newest = Stream.open(directory, users), len(fingerprints) - 1
     return any(
-        has_repeats(users, trained_on=number == newest)
+        has_repeats(piece, trained_on=number == newest)
         for number in range(len(fingerprints))
-        for users in stream.pieces(number)
+        for piece in stream.pieces(number)
     )

@@ -316,7 +316,7 @@ class Workspace:
 
         if not self.has_stream:
             raise WorkspaceError(f"{self.root} has no stream yet; run `peso ingest -w {self.root}` first")
-        return Stream.open(self.stream_directory)
+        return Stream.open(self.stream_directory, self.config.training.users)
 
     @property
     def semantic_ids_manifest(self) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,29 @@ def test_each_item_of_the_stage_is_used_once_by_users_with_three(lengths: list[t
     used = [*targets, *stage.validation_cases(1).targets.tolist(), *stage.test_cases(1).targets.tolist()]
     expected = [item for row in stage.current if len(row) >= 3 for item in row.tolist()]
     assert sorted(used) == expected
+
+
+@given(ROWS)
+def test_with_all_users_every_item_of_the_others_is_a_target(lengths: list[tuple[int, int]]) -> None:
+    tested = numbered(lengths)
+    stage = replace(tested, target_users="all")
+    targets = {s.user: s.items[s.first_target :].tolist() for s in stage.training_sequences()}
+    expected = {
+        user: (row[:-2] if len(row) >= 3 else row).tolist()
+        for user, row in zip(stage.users, stage.current, strict=True)
+        if len(row)
+    }
+    assert targets == expected
+    before = dict(zip(stage.users, stage.previous, strict=True))
+    for sequence in stage.training_sequences():
+        assert sequence.items[: sequence.first_target].tolist() == before[sequence.user].tolist()
+    # the tests do not change, and none of their targets is trained on
+    for part in ("validation", "test"):
+        cases, same = stage.cases(part, 20), tested.cases(part, 20)
+        assert cases.users == same.users
+        assert cases.targets.tolist() == same.targets.tolist()
+        trained = {item for sequence in stage.training_sequences() for item in sequence.items.tolist()}
+        assert not trained & set(cases.targets.tolist())
 
 
 @given(ROWS)

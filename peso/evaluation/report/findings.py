@@ -51,7 +51,13 @@ def _unhealthy(comparison: Comparison) -> list[str]:
 
 def cautions(comparison: Comparison) -> list[str]:
     """What was measured, and which sources of uncertainty the intervals cover."""
-    return [_scope(comparison), _interval(comparison), *_bases(comparison), _seen_items(comparison)]
+    return [
+        _scope(comparison),
+        _interval(comparison),
+        *_bases(comparison),
+        _seen_items(comparison),
+        *_target_users(comparison),
+    ]
 
 
 def _seen_items(comparison: Comparison) -> str:
@@ -74,6 +80,23 @@ def _seen_items(comparison: Comparison) -> str:
         if names
     ]
     return f"Systems differ in how they treat items that a user has already had: {'; '.join(told)}."
+
+
+def _target_users(comparison: Comparison) -> list[str]:
+    """Which systems were also trained on users who are not tested; nothing if none was."""
+    more, less = list[str](), list[str]()
+    for system in comparison.systems:
+        found = {stage.target_users for run in system.runs for stage in run.stages.values()}
+        (more if "all" in found else less).append(_name(system))
+    if not more:
+        return []
+    few = "users with fewer than three events in a stage, who are not tested"
+    if not less:
+        return [f"The training data include the events of {few} (training.users: all)."]
+    return [
+        f"Systems differ in their training data: those of {listed(more)} include the events of {few}; those "
+        f"of {listed(less)} do not."
+    ]
 
 
 def stage_range(stages: Sequence[int]) -> str:
