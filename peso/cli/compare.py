@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from peso.cli.display import Overrides, Terminal, duration, next_steps, say, table
+from peso.cli.display import Overrides, Terminal, counted, duration, next_steps, say, table
 from peso.errors import PesoError, UsageError, WorkspaceError
 from peso.runtime.failures import printable
 from peso.runtime.files import only_writer
@@ -192,18 +192,14 @@ def _show_plan(plan: Plan, machine: Machine) -> None:
     unknown = sum(e.minutes is None for e in expected)
     say(
         f"about {duration(60 * known / machine.workers)} in total on this machine (a rough estimate): "
-        f"{_number(machine.workers, 'run')} at once, {_number(machine.threads, 'thread')} each"
-        + (f"; not included: {_number(unknown, 'run')} of unknown length" if unknown else "")
+        f"{counted(machine.workers, 'run')} at once, {counted(machine.threads, 'thread')} each"
+        + (f"; not included: {counted(unknown, 'run')} of unknown length" if unknown else "")
     )
 
 
 def _counted(plan: Plan) -> str:
     parts = [(plan.runs, "runs"), (plan.baselines, "baselines"), (plan.transfers, "tested on other stages")]
     return ", ".join(f"{len(some)} {name}" for some, name in parts if some)
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count:,} {what}" + "s" * (count != 1)
 
 
 def _seconds(text: str) -> float:

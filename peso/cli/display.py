@@ -205,6 +205,11 @@ def next_step_of(workspace: Workspace) -> list[object]:
     return ["ingest", "NEW", "--append", "-w", root]
 
 
+def counted(count: int, what: str) -> str:
+    """A count with its noun: ``1 stage``, ``1,200 items``."""
+    return f"{count:,} {what}" + "s" * (count != 1)
+
+
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

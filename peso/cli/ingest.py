@@ -14,6 +14,7 @@ from peso.cli.display import (
     OnError,
     Overrides,
     Terminal,
+    counted,
     next_step_of,
     next_steps,
     say,
@@ -268,5 +269,7 @@ def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, An
         table(title, list(read["funnel"][0]), [step.values() for step in read["funnel"]])
     counts = manifest["stages"]
     rows = [[number, *stage.values()] for number, stage in enumerate(counts)]
-    title = f"{opened.stream_directory}: {manifest['items']:,} items, {len(counts)} stages"
+    title = (
+        f"{opened.stream_directory}: {counted(manifest['items'], 'item')}, {counted(len(counts), 'stage')}"
+    )
     table(title, ["stage", *(name.replace("_", " ") for name in counts[0])], rows)

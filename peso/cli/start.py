@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from peso.cli.display import Json, Overrides, Terminal, next_steps, say, say_json, show_results, table
+from peso.cli.display import (
+    Json,
+    Overrides,
+    Terminal,
+    counted,
+    next_steps,
+    say,
+    say_json,
+    show_results,
+    table,
+)
 
 # Small enough for two cores, large enough for the model to learn something.
 CONFIG = {
@@ -146,9 +156,14 @@ def init(
     if made.columns:
         table("columns", ["file", "field", "column", "example"], made.columns)
     stages = made.manifest["stages"]
+    found = [
+        counted(sum(stage["events"] for stage in stages), "event"),
+        counted(made.manifest["items"], "item"),
+        counted(len(stages), "stage"),
+    ]
     say(
-        f"{target}: {sum(stage['events'] for stage in stages):,} events, {made.manifest['items']:,} items, "
-        f"{len(stages)} stages. If a column is wrong, give the right one (`peso init --help`) with --force"
+        f"{target}: {', '.join(found)}. If a column is wrong, give the right one (`peso init --help`) with "
+        "--force"
     )
     next_steps(["run", target, "--dry-run"], ["run", target])
 

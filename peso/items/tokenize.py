@@ -36,7 +36,7 @@ from peso.items.placement import CodeAssigner, groups_of
 from peso.items.refresh import Refresher, TrainingLog, by_stage
 from peso.items.rq_vae import fit_rq_vae
 from peso.items.semantic_ids import FORMAT, ITEM_ID, SemanticIds, read_semantic_ids, write_semantic_ids
-from peso.items.vectors import ItemEncoder
+from peso.items.vectors import MANY, ItemEncoder
 from peso.runtime.files import write_json
 from peso.runtime.manifest import intact, read_manifest
 from peso.runtime.progress import Observer, Silent
@@ -373,11 +373,18 @@ _RULES = {
 
 def _tell(measured: Mapping[str, Any], ids: SemanticIds, observer: Observer) -> None:
     without, same = measured["without_vector"], measured["same_vector"]
-    if without:
-        observer.note(f"{without:,} items have no text or vector and get the codes nearest to the center")
-    if same:
-        observer.note(f"{same:,} items have the same vector as another item, so their IDs are arbitrary")
     before, after = measured["collisions_before"], measured["collisions"]
+    many = "warning: " * (without + same > MANY * after["items"])
+    if without:
+        observer.note(
+            f"{many}{without:,} of {after['items']:,} items have no text or vector and get the codes nearest "
+            "to the center"
+        )
+    if same:
+        observer.note(
+            f"{many}{same:,} of {after['items']:,} items have the same vector as another item, so their IDs "
+            "are arbitrary"
+        )
     if before["items_sharing"]:
         observer.note(
             f"{before['items_sharing']:,} of {before['items']:,} items shared their nearest ID with others; "

@@ -13,6 +13,7 @@ Vectors of texts are cached by the content of the text:
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from peso.runtime.files import digest, write_aside
 from peso.runtime.progress import Observer
 
 FIELDS = ("title", "text", "category")
+MANY = 0.1  # the share of items without vectors of their own from which there is a warning
 NAMES = "names"  # column of an item table: all ids of each item, for files that have one of them
 
 
@@ -62,6 +64,28 @@ def item_texts(items: pa.Table, template: str) -> list[str | None]:
         filled = {name: (value or "").strip() for name, value in zip(FIELDS, values, strict=True)}
         texts.append(_fill(lines, filled))
     return texts
+
+
+def warning_on_texts(texts: Sequence[str | None]) -> str | None:
+    """A warning if more than a tenth of the items have no text, or the same text as an earlier item.
+
+    Args:
+        texts: the text of each item (:func:`item_texts`).
+    """
+    empty = sum(text is None for text in texts)
+    times = Counter(text for text in texts if text is not None)
+    same = sum(times.values()) - len(times)
+    if empty + same <= MANY * len(texts):
+        return None
+    of = f"of {len(texts):,}"
+    found = [f"items without a text ({empty:,} {of})"] * (empty > 0)
+    if same:
+        text = times.most_common(1)[0][0]
+        found.append(f"items with the same text as another one ({same:,} {of}; for example {text!r})")
+    return (
+        f"warning: the semantic IDs of {' and '.join(found)} are arbitrary; check data.items.columns and the "
+        "product table"
+    )
 
 
 def _fill(lines: list[tuple[str, list[str]]], filled: Mapping[str, str]) -> str | None:

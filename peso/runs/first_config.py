@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from peso.config import Config, load_config
@@ -20,6 +21,7 @@ from peso.events.sources import format_at
 from peso.events.sources.files import kind_of
 from peso.events.sources.guess import Sampled, examples, guess_items, guess_log, guess_time, kinds, sample
 from peso.events.stream import Stream
+from peso.items.vectors import item_texts, warning_on_texts
 from peso.runs.checks import check_configuration
 from peso.runtime.progress import Observer
 from peso.runtime.remote import is_remote, local
@@ -161,10 +163,14 @@ def first_config(
         del tree["items"], tree["training"]["users"]
     for text in overrides:
         override(tree, text)
-    config, manifest, has_texts = _tested(tree, target.parent, observer)
+    config, manifest, described = _tested(tree, target.parent, observer)
+    if described and config.items.needs_texts:
+        warning = warning_on_texts(item_texts(described, config.items.template))
+        if warning:
+            observer.note(warning)
     sections, reason = from_scratch(manifest["stages"][0]["training_targets"], manifest["items"])
     if config.backbone.name == "scratch":
-        if has_texts:
+        if described:
             sections["head"]["contents"] = True
         tree |= with_given(sections, given(config))
         if "baselines" not in tree and manifest["stages"][0]["training_targets"] < SMALL:
@@ -179,9 +185,11 @@ def first_config(
     return FirstConfig(_text(tree, hint, log, reason), guessed, manifest)
 
 
-def _tested(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Config, dict[str, Any], bool]:
-    """The configuration with the most stages that the log allows, the manifest of its stream, and whether any
-    item has a title, a text or a category."""
+def _tested(
+    tree: dict[str, Any], base: Path, observer: Observer
+) -> tuple[Config, dict[str, Any], pa.Table | None]:
+    """The configuration with the most stages that the log allows, the manifest of its stream, and the item
+    table; None if no item has a title, a text or a category."""
     fixed = "stages" in tree["data"] or tree["data"]["format"] in STREAMS
     for stages in STAGES:
         if not fixed:
@@ -191,7 +199,8 @@ def _tested(tree: dict[str, Any], base: Path, observer: Observer) -> tuple[Confi
         try:
             with TemporaryDirectory() as aside:
                 manifest = ingest(config.data, Path(aside), config.seed_of_data, observer)
-                return config, manifest, Stream.open(Path(aside)).is_described
+                stream = Stream.open(Path(aside))
+                return config, manifest, stream.items if stream.is_described else None
         except UntrainableStage as error:
             if fixed or stages == STAGES[-1]:
                 raise

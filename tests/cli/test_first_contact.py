@@ -207,6 +207,16 @@ def test_init_cuts_a_small_log_into_fewer_stages(peso, tmp_path):
     assert 2 <= len(load_config(tmp_path / "log.yaml").data.stages.fractions) < 5
 
 
+def test_init_warns_if_many_titles_are_empty_or_the_same(peso, tmp_path):
+    log, written = shop(tmp_path), tmp_path / "log.yaml"
+    table = products(tmp_path)
+    assert "same text" not in peso("init", log, "--items", table, "-o", written)[2]
+    rows = [(item, "" if number % 3 == 0 else "Cup") for number, item in enumerate(ITEMS)]
+    write_csv(table, rows, ("sku", "product name"))
+    _, _, err = peso("init", log, "--items", table, "-o", written, "--force")
+    assert "items without a text (4 of 12) and items with the same text as another one (7 of 12" in err
+
+
 def test_init_keeps_what_is_there_and_asks_for_texts(peso, tmp_path):
     log, written = without_header(tmp_path), tmp_path / "log.yaml"
     status, _, err = peso("init", log, "-o", written)

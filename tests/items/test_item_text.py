@@ -12,7 +12,7 @@ import peso.items.quality
 import peso.items.vectors
 from peso.items.fusion import Fusion
 from peso.items.hashing import HashingEncoder
-from peso.items.vectors import item_texts
+from peso.items.vectors import item_texts, warning_on_texts
 
 TEXTS = [
     "green tea from japan",
@@ -42,6 +42,30 @@ def test_a_line_whose_fields_are_all_empty_is_dropped() -> None:
 
 def test_an_item_without_any_field_has_no_text_whatever_words_the_template_has() -> None:
     assert item_texts(table(title=[None, "  ", ""]), "An item:\n{title}") == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (
+            ["a", "b", "a", None],
+            "items without a text (1 of 4) and items with the same text as another one (1 of 4; for example "
+            "'a')",
+        ),
+        ([None, "a"], "items without a text (1 of 2) are"),
+        (["a"] * 3, "items with the same text as another one (2 of 3; for example 'a') are"),
+        ([*map(str, range(9)), "0"], None),  # a tenth is not yet many
+        ([*map(str, range(8)), "0"], "items with the same text as another one (1 of 9; for example '0')"),
+        ([], None),
+    ],
+)
+def test_many_items_without_a_text_of_their_own_give_a_warning(texts, said) -> None:
+    warning = warning_on_texts(texts)
+    if said is None:
+        assert warning is None
+    else:
+        assert warning is not None
+        assert warning.startswith(f"warning: the semantic IDs of {said}")
 
 
 def test_braces_in_an_item_are_no_fields() -> None:
