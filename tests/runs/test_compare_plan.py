@@ -151,6 +151,21 @@ def test_baselines_are_run_once_where_nothing_is_drawn_and_with_each_seed_where_
     assert order.index("simulate/b/baselines/sasrec/seed=0") < order.index("simulate/a/single/seed=1")
 
 
+def test_baselines_have_the_training_data_of_the_strategies(tmp_path):
+    compare = {"strategies": ["single"], "baselines": ["popularity", "sasrec"]}
+    tested, everyone = (
+        plan_of(tmp_path, compare, training={**COMMON["training"], "users": users})
+        for users in ("tested", "all")
+    )
+    assert [run.task.config.training.users for run in tested.baselines] == ["tested"] * 2
+    assert [run.task.config.training.users for run in everyone.baselines] == ["all"] * 2
+    # a comparison that is repeated with the other value does not take over their results
+    assert not {run.task.root for run in tested.baselines} & {run.task.root for run in everyone.baselines}
+    # and that with the default is where earlier versions put it
+    default = plan_of(tmp_path, compare)
+    assert [run.task.root for run in default.baselines] == [run.task.root for run in tested.baselines]
+
+
 def test_baselines_of_a_comparison_and_common_ones_mean_the_same(tmp_path):
     inside = plan_of(tmp_path, {"strategies": ["single"], "baselines": ["ease"]})
     outside = plan_of(tmp_path, {"strategies": ["single"]}, baselines=["ease"])

@@ -355,14 +355,17 @@ def _plain_baseline(root: Path, run: Run, config: BaselineOptions, seed: int | N
         items=theirs.items,
         prompt=PromptConfig(window=theirs.prompt.window),
         strategy=strategy_options(UNCHANGED),
-        training=TrainingConfig(device=theirs.training.device),
+        training=TrainingConfig(device=theirs.training.device, users=theirs.training.users),
         decoding=DecodingConfig(beams=theirs.decoding.beams),
         evaluation=EvaluationConfig(k=theirs.evaluation.k),
         seed=theirs.seed_of_data if seed is None else seed,
         data_seed=theirs.seed_of_data,
     )
     label = baseline_label(config)
-    of_all = digest(str(data.root.name), own.model_dump(mode="json", include={"prompt", "decoding", "seed"}))
+    shaping = own.model_dump(mode="json", include={"prompt", "decoding", "seed"})
+    # the other value is not written, as in earlier versions
+    users = {} if own.training.users == "tested" else {"users": own.training.users}
+    of_all = digest(str(data.root.name), shaping | users)
     place = root / "baselines" / run.data / _plain(label) / of_all[:8]
     task = Task(place, own, None, data, kind="baseline", baseline=config)
     return Run(run.data, run.backbone, label, seed, task)
