@@ -171,4 +171,5 @@ def training_rows(
             inputs.append(row[0])
             targets.append(row[1])
             first = stop
-    return np.array(inputs).reshape(-1, window), np.array(targets).reshape(-1, window)
+    rows = [np.array(each, dtype=np.int64).reshape(-1, window) for each in (inputs, targets)]
+    return rows[0], rows[1]

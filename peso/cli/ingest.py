@@ -267,7 +267,9 @@ def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, An
         ]
         title += f"; skipped: {', '.join(left_out)}" if left_out else ""
         table(title, list(read["funnel"][0]), [step.values() for step in read["funnel"]])
-    counts = manifest["stages"]
+    from peso.events.histories import trained_counts
+
+    counts = [trained_counts(stage, opened.config.training.users) for stage in manifest["stages"]]
     rows = [[number, *stage.values()] for number, stage in enumerate(counts)]
     title = (
         f"{opened.stream_directory}: {counted(manifest['items'], 'item')}, {counted(len(counts), 'stage')}"

@@ -69,7 +69,19 @@ def moved(config: Config, now: Config) -> Config:
 
 def changed_shape(before: Config, now: Config, stage: int) -> Changes:
     """The changes that affect a stage. A new location of the backbone and another device do not count."""
-    return _changes(stage_shape(before, stage), stage_shape(moved(now, before), stage))
+    changes = _changes(stage_shape(before, stage), stage_shape(moved(now, before), stage))
+    return {
+        key: (_value(before, key) if old is None else old, _value(now, key) if new is None else new)
+        for key, (old, new) in changes.items()
+    }
+
+
+def _value(config: Config, key: str) -> Any:
+    """The value of a dotted key, also of one that is not written because it is the default."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def changed_data(stream: Mapping[str, Any], config: Config) -> Changes:

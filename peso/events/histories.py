@@ -3,7 +3,7 @@ log into stages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -250,8 +250,8 @@ def stage_counts(stage: Stage) -> dict[str, int]:
     """The counts of a stage under the protocol.
 
     ``users`` counts all users of the stage and ``events`` all their items. ``left_out`` counts the users with
-    fewer than three items, who have no targets. ``training_targets``, ``validation`` and ``test`` count the
-    targets of the others.
+    fewer than three items, who are not tested. ``training_targets``, ``validation`` and ``test`` count the
+    targets of the others, whatever ``target_users`` (see :func:`trained_counts`).
     """
     lengths = stage.current.lengths
     eligible = lengths[lengths >= MIN_STAGE_ITEMS]
@@ -263,6 +263,18 @@ def stage_counts(stage: Stage) -> dict[str, int]:
         "test": len(eligible),
         "left_out": len(lengths) - len(eligible),
     }
+
+
+def trained_counts(counts: Mapping[str, int], target_users: TargetUsers) -> dict[str, int]:
+    """The counts of a stage (:func:`stage_counts`), with the training targets of these users.
+
+    >>> counts = {"events": 12, "training_targets": 3, "validation": 2, "test": 2}
+    >>> trained_counts(counts, "all")["training_targets"]
+    8
+    """
+    if target_users == "tested":
+        return dict(counts)
+    return {**counts, "training_targets": counts["events"] - counts["validation"] - counts["test"]}
 
 
 def require_trainable(stage: Stage, source: str) -> None:
@@ -293,8 +305,8 @@ def refuse_untrainable(number: int, users: int, most: int, source: str) -> None:
     if most < MIN_STAGE_ITEMS:
         raise UntrainableStage(
             f"{source}: none of the {users} users of stage {number} has "
-            f"{MIN_STAGE_ITEMS} events in it (the most is {most}), so there is nothing to train on or "
-            "to test; merge it with a neighboring stage, or cut the log into fewer stages"
+            f"{MIN_STAGE_ITEMS} events in it (the most is {most}), so nothing can be validated or "
+            "tested; merge it with a neighboring stage, or cut the log into fewer stages"
         )
 
 

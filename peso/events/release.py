@@ -33,7 +33,7 @@ def read_release(directory: str | Path) -> tuple[pa.Table, list[Stage], Semantic
     """Read a directory with a released stream.
 
     The files have no titles, texts or categories, so these columns are null. Users with fewer than three
-    items in a block are part of the stage (their events are history), but have no targets.
+    items in a block are part of the stage (their events are history), but are not tested.
 
     Returns:
         The item table (``peso.events.columns.ITEMS``) in the order of the index file, the stages, and the

@@ -374,17 +374,13 @@ _RULES = {
 def _tell(measured: Mapping[str, Any], ids: SemanticIds, observer: Observer) -> None:
     without, same = measured["without_vector"], measured["same_vector"]
     before, after = measured["collisions_before"], measured["collisions"]
-    many = "warning: " * (without + same > MANY * after["items"])
-    if without:
-        observer.note(
-            f"{many}{without:,} of {after['items']:,} items have no text or vector and get the codes nearest "
-            "to the center"
-        )
-    if same:
-        observer.note(
-            f"{many}{same:,} of {after['items']:,} items have the same vector as another item, so their IDs "
-            "are arbitrary"
-        )
+    items = after["items"]
+    for count, told in (
+        (without, "have no text or vector and get the codes nearest to the center"),
+        (same, "have the same vector as another item, so their IDs are arbitrary"),
+    ):
+        if count:
+            observer.note(f"{'warning: ' * (count > MANY * items)}{count:,} of {items:,} items {told}")
     if before["items_sharing"]:
         observer.note(
             f"{before['items_sharing']:,} of {before['items']:,} items shared their nearest ID with others; "

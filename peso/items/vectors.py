@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from peso.config import ItemsConfig
 from peso.config.items import FILES, HASHING
+from peso.config.parsing import shown
 from peso.errors import DataError
 from peso.items.behavior import Behavior
 from peso.items.fusion import Fusion
@@ -80,11 +81,11 @@ def warning_on_texts(texts: Sequence[str | None]) -> str | None:
     of = f"of {len(texts):,}"
     found = [f"items without a text ({empty:,} {of})"] * (empty > 0)
     if same:
-        text = times.most_common(1)[0][0]
-        found.append(f"items with the same text as another one ({same:,} {of}; for example {text!r})")
+        text = shown(times.most_common(1)[0][0])
+        found.append(f"items with the same text as another one ({same:,} {of}; for example {text})")
     return (
-        f"warning: the semantic IDs of {' and '.join(found)} are arbitrary; check data.items.columns and the "
-        "product table"
+        f"warning: the semantic IDs of {' and '.join(found)} are arbitrary; check items.template, "
+        "data.items.columns and the product table"
     )
 
 

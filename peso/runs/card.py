@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peso import __version__
 from peso.config.model import BUILT_IN, is_on_hub
+from peso.events.histories import trained_counts
 from peso.events.stream import Stream
 from peso.model.build import ADAPTER
 from peso.model.transitions import FILE
@@ -62,7 +63,10 @@ def card_of(stage: RunStage, form: Form, repository: str = "") -> str:
         "levels": workspace.semantic_ids.levels,
         "data": _data(stream),
         "time": _span(stream),
-        "stages": [{"number": n, **row} for n, row in enumerate(stream.counts[: number + 1])],
+        "stages": [
+            {"number": n, **trained_counts(row, stream.target_users)}
+            for n, row in enumerate(stream.counts[: number + 1])
+        ],
         "items": len(catalogue),
         "retired": len(retired(workspace.root)),
         "training": [_trained(each) for each in workspace.stages[: number + 1]],

@@ -16,6 +16,7 @@ from peso.config.data import LOG_FORMATS, STREAMS
 from peso.config.reading import given, override
 from peso.config.recipe import from_scratch, with_given
 from peso.errors import DataError, UntrainableStage
+from peso.events.histories import trained_counts
 from peso.events.ingest import ingest
 from peso.events.sources import format_at
 from peso.events.sources.files import kind_of
@@ -164,16 +165,17 @@ def first_config(
     for text in overrides:
         override(tree, text)
     config, manifest, described = _tested(tree, target.parent, observer)
-    if described and config.items.needs_texts:
+    if described and config.items.needs_texts and config.items.quantizer != "category-path":
         warning = warning_on_texts(item_texts(described, config.items.template))
         if warning:
             observer.note(warning)
-    sections, reason = from_scratch(manifest["stages"][0]["training_targets"], manifest["items"])
+    targets = trained_counts(manifest["stages"][0], config.training.users)["training_targets"]
+    sections, reason = from_scratch(targets, manifest["items"])
     if config.backbone.name == "scratch":
         if described:
             sections["head"]["contents"] = True
         tree |= with_given(sections, given(config))
-        if "baselines" not in tree and manifest["stages"][0]["training_targets"] < SMALL:
+        if "baselines" not in tree and targets < SMALL:
             tree["baselines"] = BASELINES
     if not tree["training"]:  # a section without keys is refused
         del tree["training"]

@@ -49,7 +49,7 @@ class Sizes:
     def of(cls, stream: Mapping[str, Any], config: Config) -> Sizes:
         """Choose for the stream with this manifest, as it was before anything was appended."""
         items = stream["items"] - sum(added["new_items"] for added in stream.get("appended", []))
-        return cls.by(stream["stages"][0]["training_targets"], items, config)
+        return cls.by(_targets(stream, config), items, config)
 
     @classmethod
     def by(cls, events: int, items: int, config: Config) -> Sizes:
@@ -109,12 +109,19 @@ def sizes_for(root: Path, config: Config) -> Sizes | None:
 
 def require_sizes(stream: Mapping[str, Any], config: Config) -> None:
     """Raise DataError if stage 0 of the stream with this manifest is too short for ``backbone: auto``."""
-    if config.backbone.is_auto and (events := stream["stages"][0]["training_targets"]) < FEWEST:
+    if config.backbone.is_auto and (events := _targets(stream, config)) < FEWEST:
         raise DataError(
             f"stage 0 has {events:,} training targets, too few to learn more than popularity; "
             f"backbone: auto needs at least {FEWEST}. Use a longer log or a longer stage 0 (data.stages), or "
             "choose the sizes yourself, for example with backbone: scratch"
         )
+
+
+def _targets(stream: Mapping[str, Any], config: Config) -> int:
+    """The training targets of stage 0."""
+    from peso.events.histories import trained_counts
+
+    return trained_counts(stream["stages"][0], config.training.users)["training_targets"]
 
 
 def provisional(config: Config) -> Config:

@@ -150,6 +150,11 @@ def begin_training(model: GenerativeModel, task: StageTask) -> TrainingState:
     plan = StagePlan(
         task.sequences, model.layout.window, settings, task.seed, task.stage, most_targets(model.layout)
     )
+    if not len(task.validation):
+        raise TrainingError(
+            f"stage {task.stage} has no validation case: no user has three items in it. Leave the stage out, "
+            "or merge it with another one"
+        )
     validation = _sample(task.validation, settings.validation_cases, (task.seed, task.stage))
     context = task.context or StageContext(
         task.stage, model.backbone, 0, seed=task.seed, vocabulary=model.vocabulary

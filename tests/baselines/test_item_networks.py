@@ -89,6 +89,20 @@ def test_an_earlier_item_does_change_a_later_state() -> None:
     assert (first[0, 2] - second[0, 2]).abs().max() > 1e-3
 
 
+def test_a_stage_in_which_no_target_follows_an_item_changes_nothing() -> None:
+    """The only user is new and has three events: one target, with an empty history."""
+    first = cycles(0, users=12)
+    only = Stage(1, ["new"], Ragged.of([[]]), Ragged.of([[1, 2, 3]]))
+    inputs, targets = training_rows(only.training_sequences(), WINDOW, padding=ITEMS)
+    assert inputs.shape == targets.shape == (0, WINDOW)
+    assert inputs.dtype == targets.dtype == np.int64
+    model = sasrec(epochs=2)
+    model.learn([first], Silent())
+    before = model.scores(asked(["u0"], [[1, 2]]))
+    model.learn([first, only], Silent())
+    np.testing.assert_array_equal(model.scores(asked(["u0"], [[1, 2]])), before)
+
+
 @given(
     st.lists(
         st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))),

@@ -215,6 +215,12 @@ def test_init_warns_if_many_titles_are_empty_or_the_same(peso, tmp_path):
     write_csv(table, rows, ("sku", "product name"))
     _, _, err = peso("init", log, "--items", table, "-o", written, "--force")
     assert "items without a text (4 of 12) and items with the same text as another one (7 of 12" in err
+    write_csv(table, [(item, "Cup", "Kitchen > Cups") for item in ITEMS], ("sku", "product name", "category"))
+    quantizer = "items.quantizer=category-path"  # there, items of a category share codes by design
+    assert (
+        "same text"
+        not in peso("init", log, "--items", table, "-o", written, "--force", "--set", quantizer)[2]
+    )
 
 
 def test_init_keeps_what_is_there_and_asks_for_texts(peso, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peso.events.histories import Ragged, Stage, stage_counts
+from peso.events.histories import Ragged, Stage, stage_counts, trained_counts
 from peso.events.release import read_release
 
 ROWS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=12)
@@ -100,6 +100,12 @@ def test_counts_are_those_of_the_cases(lengths: list[tuple[int, int]]) -> None:
     assert counts["training_targets"] == sum(sequence.targets for sequence in sequences)
     assert counts["validation"] == len(stage.validation_cases(5)) == len(sequences)
     assert counts["test"] == len(stage.test_cases(5)) == counts["users"] - counts["left_out"]
+    assert trained_counts(counts, "tested") == counts
+    # counts are of the protocol for a stage of all users, too
+    everyone = replace(stage, target_users="all")
+    assert stage_counts(everyone) == counts
+    targets = sum(sequence.targets for sequence in everyone.training_sequences())
+    assert trained_counts(counts, "all") == {**counts, "training_targets": targets}
 
 
 @given(ROWS, WINDOWS)

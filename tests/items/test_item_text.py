@@ -57,6 +57,7 @@ def test_an_item_without_any_field_has_no_text_whatever_words_the_template_has()
         ([*map(str, range(9)), "0"], None),  # a tenth is not yet many
         ([*map(str, range(8)), "0"], "items with the same text as another one (1 of 9; for example '0')"),
         ([], None),
+        (["ware " * 100] * 2, "items with the same text as another one (1 of 2; for example 'ware ware "),
     ],
 )
 def test_many_items_without_a_text_of_their_own_give_a_warning(texts, said) -> None:
@@ -66,6 +67,7 @@ def test_many_items_without_a_text_of_their_own_give_a_warning(texts, said) -> N
     else:
         assert warning is not None
         assert warning.startswith(f"warning: the semantic IDs of {said}")
+        assert len(warning) < 400
 
 
 def test_braces_in_an_item_are_no_fields() -> None:

@@ -147,6 +147,20 @@ def test_too_short_a_log_is_refused_and_its_workspace_stays_usable(tmp_path):
     assert opened.config.backbone.name == "tiny"
 
 
+def test_sizes_count_the_targets_of_all_users_if_these_are_trained_on(tmp_path):
+    few = [(f"few{n}", f"i{n % 12}", 10 + 1000 * (n % 5)) for n in range(300)]
+    long = [
+        (f"u{user}", f"i{(user + step) % 12}", 1000 * step + user) for step in range(8) for user in range(8)
+    ]
+    path = write_log(tmp_path / "log.csv", [*few, *long])
+    with pytest.raises(DataError, match="stage 0 has 16 training targets"):
+        made(tmp_path / "w", path)
+    workspace, notes = made(tmp_path / "w2", path, "training.users=all")
+    targets = sum(s.targets for s in workspace.stream.stage(0).training_sequences())
+    assert targets >= FEWEST
+    assert notes[-1].startswith(f"backbone: auto: {targets:,} training targets in stage 0")
+
+
 def test_missing_data_are_told_before_anything_is_written(tmp_path, peso):
     (tmp_path / "c.yaml").write_text(f"data: {{format: csv, path: {tmp_path}/none.csv}}\nbackbone: auto\n")
     for arguments in ([], ["--dry-run"]):

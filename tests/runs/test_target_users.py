@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from peso.config import load_config
+from peso.config.shape import changed_shape
 from peso.errors import ConfigError, WorkspaceError
 from peso.runs import pipeline
 from peso.runs.baselines import BaselineRun
+from peso.runs.card import card_of
 from peso.runs.report import report
 from peso.runs.workspace import Workspace
 
@@ -124,6 +126,23 @@ def test_a_trained_stage_refuses_other_training_data(everyone: Workspace) -> Non
     tree = everyone.config.model_dump(mode="json", exclude_unset=True)
     with pytest.raises((ConfigError, WorkspaceError), match=r"training\.users"):
         Workspace.create_or_open(everyone.root, load_config(tree, ["training.users=tested"]))
+
+
+def test_a_change_names_the_default_although_it_is_not_written(
+    everyone: Workspace, tested: Workspace
+) -> None:
+    there, here = (each.config for each in (everyone, tested))
+    assert changed_shape(there, here, 0)["training.users"] == ("all", "tested")
+    assert changed_shape(here, there, 1)["training.users"] == ("tested", "all")
+
+
+def test_the_card_counts_what_was_trained_on(tested: Workspace, everyone: Workspace) -> None:
+    for workspace in (tested, everyone):
+        card = card_of(workspace.stage(1), "merged")
+        targets = sum(s.targets for s in workspace.stream.stage(1).training_sequences())
+        counts = workspace.stream.counts[1]
+        row = f"| 1 | {counts['events']} | {counts['users']} | {targets} | {counts['test']} |"
+        assert row in card.splitlines()
 
 
 def test_a_user_without_a_history_is_learned_too(everyone: Workspace) -> None:

@@ -364,6 +364,8 @@ def test_an_infinite_penalty_names_the_parameter(
 def test_nothing_to_train_is_an_error(make_model: Callable[..., GenerativeModel], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no training targets"):
         train(with_adapter(make_model()), tmp_path, sequences=[])
+    with pytest.raises(TrainingError, match="no validation case"):
+        train(with_adapter(make_model()), tmp_path, validation=Cases([], [], np.empty(0, np.int32)))
     with pytest.raises(TrainingError, match="requires a gradient"):
         train(make_model().requires_grad_(False), tmp_path)
 

@@ -165,7 +165,8 @@ class Plan:
             PesoError: a check failed; the message names the run.
         """
         self._of_each(lambda task: check_configuration(task.config))
-        for baseline in {run.task.baseline for run in self.baselines if run.task.baseline is not None}:
+        baselines = [run.task.baseline for run in self.baselines if run.task.baseline is not None]
+        for baseline in {each.model_dump_json(): each for each in baselines}.values():
             check_configuration(self.common.model_copy(update={"baselines": [baseline]}))
         if self.compare.executor.name == "processes" and self.compare.workers != "auto":
             workers = min(self.compare.workers, len(self.all))
