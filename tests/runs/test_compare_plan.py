@@ -151,6 +151,13 @@ def test_baselines_are_run_once_where_nothing_is_drawn_and_with_each_seed_where_
     assert order.index("simulate/b/baselines/sasrec/seed=0") < order.index("simulate/a/single/seed=1")
 
 
+def test_a_hybrid_with_partners_can_be_compared(tmp_path):
+    hybrid = {"name": "hybrid", "partners": ["item-knn", {"name": "popularity", "last": 1}]}
+    plan = plan_of(tmp_path, {"strategies": ["single"], "baselines": [hybrid, "ease"]})
+    plan.check()
+    assert len(plan.baselines) == 2
+
+
 def test_baselines_have_the_training_data_of_the_strategies(tmp_path):
     compare = {"strategies": ["single"], "baselines": ["popularity", "sasrec"]}
     tested, everyone = (
