@@ -201,6 +201,10 @@ def _variant(name: str, value: Any, axis: Axis, key: str) -> Variant:
         raise ConfigError(
             f"{key}: expected {axis} options, sections or set: {{key: value}}; got {shown(value)}"
         )
+    if dotted := [section for section in sections if "." in section]:
+        raise ConfigError(
+            f"{key}: a dotted key belongs in `set`: {{set: {{{dotted[0]}: {_text(sections[dotted[0]])}}}}}"
+        )
     for section in EXPAND.keys() & sections.keys():  # expand short forms, so that options can be set in them
         sections[section] = EXPAND[section](sections[section])
     return Variant(name, sections, dict(changes))

@@ -214,6 +214,10 @@ def test_transfer_is_of_the_first_seed_of_what_is_named_and_comes_last(tmp_path)
             {"strategies": {"x": {"strategy": "single", "set": {"training.epoch": 1}}}},
             ["x:", "'training.epochs'"],
         ),
+        (
+            {"strategies": {"x": {"strategy": "single", "training.users": "all"}}},
+            ["compare.strategies.x", "{set: {training.users: all}}"],
+        ),
         ({"strategies": {"x": {"name": "peso", "wait": 2}}}, ["x:", "'strategy.wait'"]),
         ({"grid": {"g": {"name": "peso", "weight": []}}}, ["compare.grid.g", "empty"]),
         ({"grid": {"g": {"name": "peso", "weight": 2}}}, ["compare.grid.g", "no option is a list"]),
