@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from event_logs import write_log as write_events
 
 from peso.config import load_config
 from peso.config.shape import changed_shape
 from peso.errors import ConfigError, WorkspaceError
-from peso.runs import pipeline
+from peso.runs import pipeline, preparation
 from peso.runs.baselines import BaselineRun
 from peso.runs.card import card_of
 from peso.runs.report import report
 from peso.runs.workspace import Workspace
+from peso.runtime.progress import Silent
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -143,6 +145,19 @@ def test_the_card_counts_what_was_trained_on(tested: Workspace, everyone: Worksp
         counts = workspace.stream.counts[1]
         row = f"| 1 | {counts['events']} | {counts['users']} | {targets} | {counts['test']} |"
         assert row in card.splitlines()
+
+
+def test_a_repeat_of_a_user_who_is_trained_on_counts(tmp_path: Path) -> None:
+    """`decoding.repeats: auto` looks for repeats in the training data of the newest stage."""
+    long = [(f"u{user}", f"i{user + place}", 100 * place + user) for place in range(8) for user in range(6)]
+    twice = [("few", "i1", 750), ("few", "i1", 760)]
+    log = write_events(tmp_path / "log.csv", [*long, *twice])
+    for users, leaves_out in (("tested", True), ("all", False)):
+        data = {"format": "csv", "path": str(log), "stages": {"fractions": [0.5, 0.5]}}
+        tree = {"data": data, "items": {"behavior": {}}, "training": {"users": users}, "baselines": []}
+        with Workspace.hold(tmp_path / users, load_config(tree)) as workspace:
+            preparation.ingest(workspace, Silent())
+        assert workspace.stage(1).leaves_out_seen is leaves_out
 
 
 def test_a_user_without_a_history_is_learned_too(everyone: Workspace) -> None:
