@@ -12,7 +12,7 @@ from peso.evaluation.comparison import Comparison
 from peso.evaluation.report.page import render_page
 from peso.evaluation.report.sections import sections_of
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]  # its pages are drawn, which takes long
 WINDOWS = {"desktop": (1280, 900, False), "phone": (390, 844, True), "small phone": (320, 568, True)}
 DRAWN = """
 [...document.querySelectorAll('.plots svg')].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height])
@@ -35,7 +35,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / f"{name}.html" for name in runs}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", ["example", "crowded"])
