@@ -256,6 +256,8 @@ def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, An
         manifest: the stream's manifest.
         read: the manifest's entry for the log that was just read.
     """
+    from peso.events.histories import trained_counts
+
     if "funnel" in read:
         title = "no times: events in the order of the files"
         if when := read.get("time"):
@@ -267,8 +269,6 @@ def _show_stream(opened: Workspace, manifest: dict[str, Any], read: dict[str, An
         ]
         title += f"; skipped: {', '.join(left_out)}" if left_out else ""
         table(title, list(read["funnel"][0]), [step.values() for step in read["funnel"]])
-    from peso.events.histories import trained_counts
-
     counts = [trained_counts(stage, opened.config.training.users) for stage in manifest["stages"]]
     rows = [[number, *stage.values()] for number, stage in enumerate(counts)]
     title = (

@@ -261,8 +261,8 @@ class Stream:
         validation and test event of the stage.
 
         Users with fewer than three events in the stage are left out, whatever ``target_users``: semantic IDs
-        do not depend on it. Of the events before a stage, only those from before the
-        stream are included: the others belong to earlier stages, with their validation and test events.
+        do not depend on it. Of the events before a stage, only those from before the stream are included: the
+        others belong to earlier stages, with their validation and test events.
 
         Raises: as :meth:`stage`.
         """
