@@ -270,7 +270,7 @@ class SemanticIds:
         if unknown:
             raise DataError(
                 f"{len(unknown)} of {len(item_ids)} items are not in the semantic-ID index: "
-                f"{listed(map(repr, unknown))}; give ids as the log has them, or leave these out"
+                f"{listed(map(repr, unknown))}"
             )
         return np.array([self._rows[item] for item in item_ids], dtype=np.int32)
 

@@ -331,7 +331,10 @@ class Recommender:
         if exclude_seen is None:
             exclude_seen = self.leaves_out_seen
         ids, retired = self.semantic_ids, self.retired
-        rows = [ids.rows(history) for history in histories]
+        try:
+            rows = [ids.rows(history) for history in histories]
+        except DataError as error:
+            raise DataError(f"{error}; give ids as the log has them, or leave these out") from None
         self.require_length(k)
         if self.hybrid is not None:
             gone = ids.rows(sorted(item for item in retired if item in ids))

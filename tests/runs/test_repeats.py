@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from peso.config import load_config
+from peso.errors import DataError
 from peso.evaluation.predictions import Predictions, read_predictions
 from peso.runs import pipeline
 from peso.runs.recommender import Recommender
@@ -140,3 +141,8 @@ def test_the_preset_of_the_paper_keeps_them() -> None:
     given = load_config({"data": data, "strategy": "paper", "decoding": {"repeats": "auto"}})
     assert given.decoding.repeats == "auto"
     assert load_config({"data": data, "strategy": "single"}).decoding.repeats == "auto"
+
+
+def test_an_unknown_item_of_a_history_is_named_with_a_cure(auto: Workspace) -> None:
+    with pytest.raises(DataError, match="1 of 2 items .*: 'nope'; give ids as the log has them, or leave"):
+        Recommender(auto).recommend(history=["i1", "nope"], k=2)
