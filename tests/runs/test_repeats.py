@@ -144,5 +144,5 @@ def test_the_preset_of_the_paper_keeps_them() -> None:
 
 
 def test_an_unknown_item_of_a_history_is_named_with_a_cure(auto: Workspace) -> None:
-    with pytest.raises(DataError, match="1 of 2 items .*: 'nope'; give ids as the log has them, or leave"):
+    with pytest.raises(DataError, match=r"1 of 2 items .*: 'nope'; give ids as the log has them, or leave"):
         Recommender(auto).recommend(history=["i1", "nope"], k=2)
