@@ -223,6 +223,29 @@ def test_init_warns_if_many_titles_are_empty_or_the_same(peso, tmp_path):
     )
 
 
+def test_init_trains_on_all_users_and_ingest_counts_their_targets(peso, tmp_path):
+    long = [(f"u{n % 8}", ITEMS[(n * 5 + n % 7) % 12], 1_700_000_000 + n) for n in range(160)]
+    short = [(f"few{n}", ITEMS[n], 1_700_000_001 + 20 * n) for n in range(6)]
+    log = write_csv(tmp_path / "log.csv", [*long, *short], ("user", "item", "time"))
+    products(tmp_path)
+    written = tmp_path / "log.yaml"
+    status, _, err = peso("init", log, "--items", tmp_path / "products.csv", "-o", written)
+    assert status == 0, err
+    assert load_config(written).training.users == "all"
+    counted = {}
+    for users in ("all", "tested"):
+        root = tmp_path / users
+        status, out, err = peso("ingest", written, "-w", root, "--set", f"training.users={users}")
+        assert status == 0, err
+        stream = Stream.open(root / "stream", users)
+        stages = (stream.stage(number) for number in range(stream.stages))
+        counted[users] = [sum(s.targets for s in stage.training_sequences()) for stage in stages]
+        # one row per stage: its number, users, events, training targets, …
+        rows = [re.findall(r"[\d,]+", line) for line in out.splitlines() if line.startswith("│")]
+        assert [int(row[3]) for row in rows[-stream.stages :]] == counted[users]
+    assert sum(counted["all"]) >= sum(counted["tested"]) + 6
+
+
 def test_init_keeps_what_is_there_and_asks_for_texts(peso, tmp_path):
     log, written = without_header(tmp_path), tmp_path / "log.yaml"
     status, _, err = peso("init", log, "-o", written)

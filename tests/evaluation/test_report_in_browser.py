@@ -64,7 +64,6 @@ def test_the_results_begin_on_the_first_screen_of_a_phone(browser: Browser, page
     assert top < 844 / 2
 
 
-@pytest.mark.slow
 def test_the_test_sees_what_it_is_there_for(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
     page.write_text(
