@@ -11,6 +11,7 @@ from event_logs import write_log as write_events
 from peso.config import load_config
 from peso.config.shape import changed_shape
 from peso.errors import ConfigError, WorkspaceError
+from peso.evaluation.catalogue import Catalogue
 from peso.runs import pipeline, preparation
 from peso.runs.baselines import BaselineRun
 from peso.runs.card import card_of
@@ -95,6 +96,12 @@ def test_so_do_the_counts_and_the_baselines(tested: Workspace, everyone: Workspa
         for workspace in (tested, everyone)
     }
     assert not np.array_equal(first[tested].target_log_probability, first[everyone].target_log_probability)
+
+
+def test_the_popularity_of_an_item_follows(tested: Workspace, everyone: Workspace) -> None:
+    row = tested.stream.item_ids.index(HOT)
+    few, more = (Catalogue.of(each.stream, each.semantic_ids, {}).seen[1][row] for each in (tested, everyone))
+    assert more == few + FEW
 
 
 def test_the_cases_are_the_same(tested: Workspace, everyone: Workspace) -> None:
