@@ -68,6 +68,18 @@ def of_codes(stage: RunStage, model: GenerativeModel, cases: Cases) -> np.ndarra
     return result
 
 
+def counted(mean: np.ndarray, evidence: Evidence, prior: float) -> np.ndarray:
+    """The posterior of the counts, with the probabilities ``mean`` as prior: float64 (cases, leaves)."""
+    return (evidence.counts.double().numpy() + prior * mean) / (evidence.totals.double().numpy() + prior)
+
+
+def share_of(model: GenerativeModel, cases: Cases) -> np.ndarray:
+    """The tuned share of the item head: float64 (cases, 1)."""
+    assert model.vocabulary.item_head is not None
+    lengths = torch.tensor([len(history) for history in cases.histories])
+    return model.vocabulary.item_head.share_of(lengths).double().unsqueeze(1).numpy()
+
+
 def forms(
     items: np.ndarray, codes: np.ndarray, share: np.ndarray, evidence: Evidence, sasrec: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -78,30 +90,25 @@ def forms(
         share: (cases, 1), the tuned share of the item head.
         evidence: the counts of all leaves, with the tuned prior.
     """
-    counts, totals = evidence.counts.double().numpy(), evidence.totals.double().numpy()
     both = share * items + (1 - share) * codes
-
-    def counted(mean: np.ndarray, prior: float) -> np.ndarray:
-        return (counts + prior * mean) / (totals + prior)
-
     yield "codes", codes
     yield "item head", items
     yield "codes and item head", both
-    yield "counts", counted(np.full_like(items, 1 / items.shape[1]), 1.0)
-    yield "model: codes, item head, counts", counted(both, evidence.prior)
+    yield "counts", counted(np.full_like(items, 1 / items.shape[1]), evidence, 1.0)
+    yield "model: codes, item head, counts", counted(both, evidence, evidence.prior)
     yield "SASRec", sasrec
     for prior in PRIORS:
-        yield f"SASRec and counts, prior {prior:.0f}", counted(sasrec, prior)
+        yield f"SASRec and counts, prior {prior:.0f}", counted(sasrec, evidence, prior)
     mean = (both + sasrec) / 2
     yield "mean of SASRec, codes and head", mean
     for prior in PRIORS:
-        yield f"mean of SASRec, codes and head, and counts, prior {prior:.0f}", counted(mean, prior)
-    model = counted(both, evidence.prior)
+        yield f"mean of SASRec, codes and head, and counts, prior {prior:.0f}", counted(mean, evidence, prior)
+    model = counted(both, evidence, evidence.prior)
     for weight in (0.25, 0.5):
         product = model ** (1 - weight) * sasrec**weight
         name = f"model to the power {1 - weight:g}, SASRec to the power {weight:g}"
         yield name, product / product.sum(1, keepdims=True)
-    smooth = counted(both, PRIORS[0])
+    smooth = counted(both, evidence, PRIORS[0])
     for weight in (0.5, 0.7):
         product = smooth**weight * both ** (1 - weight)
         name = f"counts (prior 30) to the power {weight:g}, codes and head to the power {1 - weight:g}"
@@ -139,8 +146,7 @@ def measure(workspace: Workspace, other: Workspace, most: int) -> dict[str, Any]
         head, trie = model.vocabulary.item_head, model.semantic_ids.trie
         if head is None or model.transitions is None:
             raise SystemExit(f"{workspace.root}: the model has no item head with counts of transitions")
-        lengths = torch.tensor([len(history) for history in cases.histories])
-        share = head.share_of(lengths).double().unsqueeze(1).numpy()
+        share, targets = share_of(model, cases), trie.leaf_of[cases.targets]
         evidence = Evidence.of(model.transitions, trie, cases.histories, torch.device("cpu"))
         baseline = run.restored(number)
         assert isinstance(baseline, BaselineAnswers)
@@ -148,7 +154,6 @@ def measure(workspace: Workspace, other: Workspace, most: int) -> dict[str, Any]
         seen = np.zeros(sasrec.shape, dtype=bool)
         for row, items in zip(seen, cases.seen, strict=True):
             row[trie.leaf_of[items]] = True
-        targets = trie.leaf_of[cases.targets]
         seen[np.arange(len(cases)), targets] = False
         new.append(first[cases.targets] == number)
         parts = of_items(model, cases), of_codes(stage, model, cases), share, evidence, sasrec

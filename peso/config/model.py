@@ -24,6 +24,7 @@ MOST_BEAMS, MOST_EPOCHS = 500, 100_000
 WIDEST = 16_384  # the largest width of a layer that is built in code
 DEVICE = re.compile(r"auto|cpu|(cuda|xpu|hpu|mps)(:\d{1,3})?")
 SCRATCH_DROPOUT = 0.2
+INITIALIZER_RANGE = 0.02  # of the weights of scratch and tiny, as in Llama
 # keys of `training` that change only the cost of a step
 COST_ONLY = ("gradient_checkpointing", "compile", "threads", "sharding")
 
@@ -57,6 +58,14 @@ class BackboneConfig(Section):
         lt=1,
         description="scratch and tiny only: dropout of the embeddings and of the outputs of attention and "
         f"feed-forward layers; none given: {SCRATCH_DROPOUT} for scratch, 0 for tiny and with pretrained",
+    )
+    initializer_range: float | None = new_key(
+        None,
+        gt=0,
+        le=10,
+        description="scratch and tiny only: standard deviation of the initial weights, as in Transformers; "
+        f"none given: {INITIALIZER_RANGE}, which suits wide models; 1/√width suits narrow ones that are "
+        "trained at a small learning rate",
     )
     pretrained: str | None = new_key(
         None,
@@ -99,6 +108,17 @@ class BackboneConfig(Section):
                 f"backbone.dropout is for {' and '.join(BUILT_IN)} only; {self.name!r} is trained by its "
                 "adapter, which has adapter.dropout; leave it out"
             )
+        if self.initializer_range is not None:
+            if self.name not in (*BUILT_IN, AUTO):
+                raise ValueError(
+                    f"backbone.initializer_range is for {' and '.join(BUILT_IN)} only; {self.name!r} has its "
+                    "weights already, so leave it out"
+                )
+            if self.pretrained is not None:
+                raise ValueError(
+                    "backbone.initializer_range has no effect with backbone.pretrained, which gives the "
+                    "weights; leave one of them out"
+                )
         if self.width is not None and self.name not in (*BUILT_IN, AUTO):
             raise ValueError(
                 f"backbone.width is for {' and '.join(BUILT_IN)} only; {self.name!r} has a fixed width, so "

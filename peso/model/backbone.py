@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peso.config.model import BUILT_IN, CONTEXT, head_size
+from peso.config.model import BUILT_IN, CONTEXT, INITIALIZER_RANGE, head_size
 from peso.errors import BackboneError
 from peso.model.backbone_checks import check_backbone
 from peso.model.source import source_of, source_of_pretrained
@@ -68,7 +68,14 @@ def _drop_output(part: Any, args: Any, output: Any) -> Any:
 
 
 @loading()
-def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> LlamaForCausalLM:
+def small_llama(
+    width: int,
+    layers: int,
+    seed: int,
+    *,
+    tied: bool = True,
+    initializer_range: float = INITIALIZER_RANGE,
+) -> LlamaForCausalLM:
     """A randomly initialized Llama for the byte tokenizer.
 
     Heads have 32 dimensions (16 if the width is less than 64), and the MLP is 8/3 times as wide as the model.
@@ -78,6 +85,7 @@ def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> Lla
         width: the hidden width.
         seed: the seed of the weights.
         tied: whether the input embedding and the output head share their weights.
+        initializer_range: the standard deviation of the initial weights.
 
     Raises:
         ValueError: the width is not a multiple of the head size.
@@ -97,6 +105,7 @@ def small_llama(width: int, layers: int, seed: int, *, tied: bool = True) -> Lla
         eos_token_id=1,
         pad_token_id=1,
         tie_word_embeddings=tied,
+        initializer_range=initializer_range,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -109,6 +118,7 @@ def load_backbone(
     layers: int | None = None,
     width: int | None = None,
     dropout: float | None = None,
+    initializer_range: float | None = None,
     pretrained: str | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -124,6 +134,8 @@ def load_backbone(
             number of layers to build.
         width: the hidden width, for ``scratch`` and ``tiny`` only.
         dropout: see :func:`add_dropout`, for ``scratch`` and ``tiny`` only. None for no dropout.
+        initializer_range: the standard deviation of the random weights of ``scratch`` and ``tiny``. None for
+            ``INITIALIZER_RANGE``.
         pretrained: for ``scratch`` and ``tiny`` only, where their weights are, see
             :func:`peso.model.source.source_of_pretrained`. None for random weights.
         seed: the seed of the random weights of ``scratch`` and ``tiny``.
@@ -142,7 +154,12 @@ def load_backbone(
     if name in BUILT_IN and pretrained is None:
         default_width, default_layers = BUILT_IN[name]
         try:
-            causal_lm = small_llama(width or default_width, layers or default_layers, seed).to(dtype)
+            causal_lm = small_llama(
+                width or default_width,
+                layers or default_layers,
+                seed,
+                initializer_range=initializer_range or INITIALIZER_RANGE,
+            ).to(dtype)
         except ValueError as error:
             raise BackboneError(f"backbone {name!r}: {error}; set backbone.width") from None
         tokenizer = byte_tokenizer()

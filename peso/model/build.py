@@ -65,6 +65,7 @@ def build_model(
         layers=backbone.layers,
         width=backbone.width,
         dropout=backbone.dropout,
+        initializer_range=backbone.initializer_range,
         pretrained=backbone.pretrained,
         seed=seeds[0],
     )

@@ -145,6 +145,24 @@ def test_scratch_is_trained_with_dropout_unless_told_otherwise():
         dropout({"name": "smollm2-135m", "dropout": 0.1})
 
 
+def test_the_spread_of_initial_weights_is_for_backbones_that_have_none_yet():
+    def backbone(**options):
+        return load_config({"data": DATA, "backbone": options}).backbone
+
+    assert backbone(name="scratch", initializer_range=0.1).initializer_range == 0.1
+    assert backbone(name="auto", initializer_range=0.1).initializer_range == 0.1
+    for refused, message in [
+        ({"name": "smollm2-135m"}, r"initializer_range is for scratch and tiny only; 'smollm2-135m' has its"),
+        ({"name": "scratch", "pretrained": "/a"}, r"has no effect with backbone\.pretrained"),
+        ({"name": "scratch", "initializer_range": 0}, "greater than 0"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            backbone(**{"initializer_range": 0.1, **refused})
+    # not a part of what determined stages before there was the key
+    shape = stage_shape(load_config({"data": DATA, "backbone": "scratch"}), 0)
+    assert "initializer_range" not in shape["backbone"]
+
+
 def test_a_workspace_of_the_first_version_had_no_dropout_and_keeps_its_digests():
     written = load_config({"data": DATA, "backbone": {"name": "scratch", "dropout": 0.0}}).model_dump(
         mode="json"

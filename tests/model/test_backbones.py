@@ -156,6 +156,17 @@ def test_scratch_and_tiny_are_drawn_from_the_seed() -> None:
     assert load_backbone("scratch", width=64, layers=1)[0].config.hidden_size == 64
 
 
+def test_the_spread_of_random_weights_can_be_given() -> None:
+    def spreads(**options) -> list[float]:
+        causal_lm, _ = load_backbone("scratch", width=64, layers=1, **options)
+        matrices = [p for p in causal_lm.parameters() if p.ndim > 1]
+        assert len(matrices) == 8  # the embedding, which is also the head, and seven linear layers
+        return [float(matrix.std()) for matrix in matrices]
+
+    assert spreads() == pytest.approx([0.02] * 8, rel=0.05)
+    assert spreads(initializer_range=0.125) == pytest.approx([0.125] * 8, rel=0.05)
+
+
 def test_dropout_acts_in_training_alone_and_changes_no_file(tmp_path) -> None:
     plain, _ = load_backbone("tiny", seed=1)
     dropping, _ = load_backbone("tiny", seed=1, dropout=0.5)

@@ -71,6 +71,14 @@ def test_the_seed_decides_everything_drawn() -> None:
     assert not any(torch.equal(one[name], other[name]) for name in drawn)
 
 
+def test_semantic_rows_have_half_the_spread_of_the_backbone() -> None:
+    def spread(**options) -> float:
+        return float(build(backbone=BackboneConfig(name="tiny", **options)).vocabulary.input_rows.std())
+
+    assert spread() == pytest.approx(0.01, rel=0.1)
+    assert spread(initializer_range=0.2) == pytest.approx(0.1, rel=0.1)
+
+
 def test_vocabulary_and_backbone_do_not_share_their_draws() -> None:
     """Drawn from one seed, semantic rows would be copies of the words' rows."""
     model = build()
