@@ -187,7 +187,8 @@ class HeadConfig(Section):
         ge=1,
         le=1_000_000,
         description="items only: number of negative items sampled for each forward pass, with a correction "
-        "for the sampling; none given: a softmax over all items up to 100,000 items, beyond that 8,192",
+        "for the sampling; none given: a softmax over all items up to 100,000 items, beyond that 8,192; a "
+        "number that is not below that of the items: a softmax over all of them",
     )
     reads: bool | None = new_key(
         None,

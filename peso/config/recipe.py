@@ -19,7 +19,7 @@ FEWEST = 100  # training targets for `auto`: three steps of the smallest batches
 RATE = 4e-3 * 64  # the learning rate times the width
 
 
-def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
+def from_scratch(events: int, items: int, given_head: str | None = None) -> tuple[dict[str, Any], str]:
     """Sections ``backbone``, ``head`` and ``training`` for a log, and the reason for them in a sentence.
 
     The values of the smallest size were found by validation (docs/results/recipe.md). Larger logs get wider
@@ -30,6 +30,8 @@ def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
     Args:
         events: the number of training targets of stage 0.
         items: the number of items in the catalog.
+        given_head: the name of the head, if the configuration gives one. With ``codes``, the reason says
+            nothing about the softmax over the items.
 
     Returns:
         The sections by name, and the reason.
@@ -57,9 +59,17 @@ def from_scratch(events: int, items: int) -> tuple[dict[str, Any], str]:
     softmax = f"{NEGATIVES:,} sampled negatives" if items > EXACT_ITEMS else "a softmax over all of them"
     reason = (
         f"{events:,} training targets in stage 0 ({size}): {layers} layers {width} wide, batches of {batch} "
-        f"targets, at most {epochs} epochs; {items:,} items: {softmax}"
+        f"targets, at most {epochs} epochs"
     )
+    if given_head != "codes":
+        reason += f"; {items:,} items: {softmax}"
     return sections, reason
+
+
+def given_head_of(given: Mapping[str, Any]) -> str | None:
+    """The name of the head among the given keys of the sections; None if it is not given."""
+    name: str | None = given.get("head", {}).get("name")
+    return name
 
 
 def with_given(sections: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +90,7 @@ def with_given(sections: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     if "later_learning_rate_scale" in training:
         later = chosen["training"]["later"]
         chosen["training"]["later"] = {key: later[key] for key in later if key != "learning_rate"}
-    if given.get("head", {}).get("name") == "codes":
+    if given_head_of(given) == "codes":
         chosen["head"] = {}
     own = {key: value for key, value in backbone.items() if value not in (AUTO, None)}
     return merged(chosen, {**given, "backbone": own})

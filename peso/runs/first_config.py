@@ -14,7 +14,7 @@ import yaml
 from peso.config import Config, load_config
 from peso.config.data import LOG_FORMATS, STREAMS
 from peso.config.reading import given, override
-from peso.config.recipe import from_scratch, with_given
+from peso.config.recipe import from_scratch, given_head_of, with_given
 from peso.errors import DataError, UntrainableStage
 from peso.events.histories import trained_counts
 from peso.events.ingest import ingest
@@ -170,11 +170,12 @@ def first_config(
         if warning:
             observer.note(warning)
     targets = trained_counts(manifest["stages"][0], config.training.users)["training_targets"]
-    sections, reason = from_scratch(targets, manifest["items"])
+    kept = given(config)
+    sections, reason = from_scratch(targets, manifest["items"], given_head_of(kept))
     if config.backbone.name == "scratch":
         if described:
             sections["head"]["contents"] = True
-        tree |= with_given(sections, given(config))
+        tree |= with_given(sections, kept)
         if "baselines" not in tree and targets < SMALL:
             tree["baselines"] = BASELINES
     if not tree["training"]:  # a section without keys is refused

@@ -15,7 +15,7 @@ from peso.config import BackboneConfig, Config, HeadConfig, TrainingConfig, load
 from peso.config.model import AUTO, OF_ITEMS
 from peso.config.parsing import Section
 from peso.config.reading import SIZED, given, leaves, place, values
-from peso.config.recipe import FEWEST, from_scratch, with_given
+from peso.config.recipe import FEWEST, from_scratch, given_head_of, with_given
 from peso.errors import DataError, WorkspaceError
 from peso.runs.place import SIZES
 from peso.runtime.records import read_record, write_record
@@ -54,8 +54,9 @@ class Sizes:
     @classmethod
     def by(cls, events: int, items: int, config: Config) -> Sizes:
         """Choose for these numbers of training targets of stage 0 and items."""
-        sections, reason = from_scratch(events, items)
-        return cls(events, items, sections, given(config), reason)
+        kept = given(config)
+        sections, reason = from_scratch(events, items, given_head_of(kept))
+        return cls(events, items, sections, kept, reason)
 
     def settle(self, config: Config) -> Config:
         """The configuration with these sizes in place of ``auto``."""

@@ -24,6 +24,17 @@ def test_every_log_gets_a_valid_configuration_and_its_reason(events: int, items:
     assert f"{config.backbone.layers} layers {config.backbone.width} wide" in reason
 
 
+def test_with_codes_alone_the_reason_says_nothing_about_a_softmax_over_items() -> None:
+    for items in (EXACT_ITEMS, EXACT_ITEMS + 1):
+        whole, reason = from_scratch(1000, items)
+        sections, short = from_scratch(1000, items, "codes")
+        assert sections == whole
+        assert reason.startswith(short)
+        assert "softmax" not in short
+        assert "negatives" not in short
+        assert from_scratch(1000, items, "items")[1] == reason
+
+
 def test_a_larger_log_gets_a_model_that_is_no_smaller() -> None:
     sizes = [from_scratch(10**power, 100)[0] for power in range(9)]
     for key in ("width", "layers"):

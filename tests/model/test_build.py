@@ -73,7 +73,9 @@ def test_the_seed_decides_everything_drawn() -> None:
 
 def test_semantic_rows_have_half_the_spread_of_the_backbone() -> None:
     def spread(**options) -> float:
-        return float(build(backbone=BackboneConfig(name="tiny", **options)).vocabulary.input_rows.detach().std())
+        return float(
+            build(backbone=BackboneConfig(name="tiny", **options)).vocabulary.input_rows.detach().std()
+        )
 
     assert spread() == pytest.approx(0.01, rel=0.1)
     assert spread(initializer_range=0.2) == pytest.approx(0.1, rel=0.1)

@@ -88,8 +88,8 @@ def test_the_choice_outlives_a_longer_log_and_another_rule(tmp_path, monkeypatch
     assert sizes.Sizes.of(workspace.stream.manifest, load_config(tree(path))).items == 12
     rule = sizes.from_scratch
 
-    def larger(events: int, items: int):
-        sections, reason = rule(events, items)
+    def larger(events: int, items: int, given_head: str | None):
+        sections, reason = rule(events, items, given_head)
         return {**sections, "backbone": {**sections["backbone"], "width": 256}}, reason
 
     monkeypatch.setattr(sizes, "from_scratch", larger)
