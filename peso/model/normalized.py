@@ -34,7 +34,8 @@ class _Normalized(torch.autograd.Function):
     def forward(ctx: Any, temperature: float, targets: Tensor, *parts: Tensor) -> Tensor:
         totals, picked = [], torch.zeros(len(targets), device=targets.device)
         for part, (column, inside) in zip(parts, _columns(targets, parts), strict=True):
-            totals += [torch.cat([(x / temperature).logsumexp(-1) for x in part.split(_rows(part))])]
+            divided = (x if temperature == 1 else x / temperature for x in part.split(_rows(part)))
+            totals += [torch.cat([x.logsumexp(-1) for x in divided])]
             picked += part.gather(-1, column).squeeze(-1).masked_fill_(~inside, 0)
         total = torch.stack(totals).logsumexp(0)  # (n,)
         ctx.save_for_backward(targets, total, *parts)
@@ -58,7 +59,11 @@ class _Normalized(torch.autograd.Function):
                 above.split(rows),
                 strict=True,
             ):
-                torch.div(x, ctx.temperature, out=y).sub_(norm).exp_().mul_(-g)
+                if ctx.temperature == 1:  # the same, in one operation less
+                    torch.sub(x, norm, out=y)
+                else:
+                    torch.div(x, ctx.temperature, out=y).sub_(norm)
+                y.exp_().mul_(-g)
             result.scatter_add_(-1, column, above.masked_fill(~inside.unsqueeze(-1), 0))
             results.append(result)
         return None, None, *results
