@@ -29,6 +29,7 @@ import torch
 from pool_forms import counted, figures, of_codes, of_items, share_of
 
 from peso.decoding.pool import Evidence
+from peso.errors import PesoError
 from peso.events.database import temporary_database
 from peso.events.loading import load
 from peso.events.sources import open_source
@@ -51,7 +52,8 @@ def times(workspace: Workspace) -> dict[tuple[str, str], int]:
             raise SystemExit(f"{data.path} has no times")
         load(connection, source.log, data.on_error == "skip")
         rows = connection.execute(
-            "SELECT users.name, items.name, time FROM events JOIN users USING (u) JOIN items USING (i)"
+            "SELECT DISTINCT users.name, items.name, time "  # rows may repeat
+            "FROM events JOIN users USING (u) JOIN items USING (i)"
         ).fetchall()
     found = {(user, item): time for user, item, time in rows}
     if len(found) < len(rows):
@@ -65,7 +67,10 @@ def training_events(workspace: Workspace, when: dict[tuple[str, str], int]) -> t
     for number in range(stream.stages):
         stage = stream.stage(number)
         for row, targets in stage.trained():
-            found += [(when[stage.users[row], stream.item_ids[item]], int(item)) for item in targets]
+            events = [(stage.users[row], stream.item_ids[item]) for item in targets]
+            if missing := [event for event in events if event not in when]:
+                raise SystemExit(f"the log has no event of {missing[0]}; was it appended, or renamed?")
+            found += [(when[event], int(item)) for event, item in zip(events, targets, strict=True)]
     moments, items = np.array(sorted(found), dtype=np.int64).T
     return moments, items
 
@@ -156,7 +161,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="64 cases of each stage: to see that it works")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    result = measure(Workspace.open(options.workspace), 64 if options.quick else 1_000_000)
+    try:
+        result = measure(Workspace.open(options.workspace), 64 if options.quick else 1_000_000)
+    except PesoError as error:
+        raise SystemExit(str(error)) from None
     if options.json:
         print(json.dumps(result, indent=2))
         return

@@ -83,7 +83,10 @@ def compare(
 
     if dry_run:
         _show_plan(plan, Machine.of(plan.compare.workers, plan.common.training.device))
-        next_steps(["compare", config, "-w", root])
+        given = [part for text in overrides or [] for part in ("--set", text)]
+        given += [] if output is None else ["--output", str(output)]
+        given += [] if budget is None else ["--budget", budget]
+        next_steps(["compare", config, "-w", root, *given])
         return
     from peso.runs.compare.results import collect, write_results
     from peso.runs.compare.schedule import Schedule

@@ -158,14 +158,14 @@ def _append(
     say(
         f"appended: {added['events']:,} events of {added['users']:,} users "
         f"({added['new_users']:,} new) as {stages_named(range(first, end))}; "
-        f"{added['new_items']:,} new items"
+        f"{counted(added['new_items'], 'new item')}"
     )
     if bare := added["new_items_without_text"]:
         table = config.data.items
         why = f"{table.path} has none for them" if table else "there is no product table"
         say(
-            f"warning: {bare:,} of the new items have no title and no text ({why}), so their semantic IDs "
-            f"will carry little information. Before the next step, run `peso ingest --items FILE -w {path}`"
+            f"warning: new items without a title and a text: {bare:,} ({why}). Their semantic IDs will carry "
+            f"little information. Before the next step, run `peso ingest --items FILE -w {path}`"
         )
     next_steps(step)
 

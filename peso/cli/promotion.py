@@ -173,7 +173,7 @@ def _show(told: dict[str, Any]) -> None:
     if stages := waiting["stages"]:
         say(f"not trained yet: {stages_named(range(stages[0], stages[-1] + 1))}")
     if waiting["items_without_id"]:
-        say(f"{waiting['items_without_id']:,} new items have no semantic ID yet")
+        say(f"new items without a semantic ID: {waiting['items_without_id']:,}")
     if unrefreshed := waiting.get("stages_without_refresh"):
         say(f"newest stages whose codes are not refreshed yet: {unrefreshed:,}")
     if waiting["received"]:

@@ -70,7 +70,10 @@ def run(
             f"about {total} in total on this machine (a rough estimate)"
             + (f"; not included: {unknown}" if unknown else "")
         )
-        next_steps(["run", config, "-w", root])
+        given = [part for text in overrides or [] for part in ("--set", text)]
+        given += [part for name in trust or [] for part in ("--trust", name)]
+        given += [] if base is None else ["--base", str(base)]
+        next_steps(["run", config, "-w", root, *given])
         return
     opened = run_all(resolved, root, base=base, observer=watcher(), trust=trusted)
     if not current().is_main:

@@ -16,6 +16,7 @@ from peso.cli.display import (
     Stage,
     Terminal,
     Trust,
+    counted,
     next_step_of,
     next_steps,
     say,
@@ -191,12 +192,12 @@ def _cut_received(opened: Workspace, items: str | None) -> None:
     else:
         say(
             f"stage {cut.stage}: {cut.events:,} received events of {cut.users:,} users; "
-            f"{cut.new_items:,} new items"
+            f"{counted(cut.new_items, 'new item')}"
         )
     if cut.unknown_items:
         say(
-            f"warning: {cut.unknown_items:,} items of received events (such as {cut.example!r}) are not in "
-            "the product table, so their events wait. Add rows for them, or give another table with "
+            f"warning: items of received events that are not in the product table: {cut.unknown_items:,} "
+            f"(such as {cut.example!r}). Their events wait. Add rows for them, or give another table with "
             "--items FILE"
         )
     if cut.waiting:

@@ -35,6 +35,12 @@ def _listed(value: Any) -> Any:
         if len(set(value)) < len(value):
             raise ValueError(f"two variants have the same name in {value}; rename or remove one")
         return {name: name for name in value}
+    if isinstance(value, list):
+        options = next(each for each in value if not isinstance(each, str))
+        raise ValueError(
+            f"a list can only have names, not {shown(options)}; write a mapping with a name for each, such "
+            "as {a: single, b: {name: peso, strength: 2}}"
+        )
     return value
 
 

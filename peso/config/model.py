@@ -62,7 +62,7 @@ class BackboneConfig(Section):
     initializer_range: float | None = new_key(
         None,
         gt=0,
-        le=10,
+        le=1,
         description="scratch and tiny only: standard deviation of the initial weights, as in Transformers; "
         f"none given: {INITIALIZER_RANGE}, which suits wide models; 1/√width suits narrow ones that are "
         "trained at a small learning rate",
@@ -228,7 +228,10 @@ class HeadConfig(Section):
     def _with_a_head(self) -> HeadConfig:
         for key in (*OF_ITEMS, "contents", "arrivals"):
             if getattr(self, key) and self.name != "items":
-                raise ValueError(f"head.{key} needs the item head: set head.name=items")
+                raise ValueError(
+                    f"head.{key} needs the item head: set head.name=items, or, for codes alone, replace the "
+                    "whole section: --set head=codes"
+                )
         return self
 
 

@@ -217,13 +217,17 @@ class Contrasts:
         means, found = self._means[metric], self._spread(metric, a, b)
         observed = abs(float(means[a].mean() - means[b].mean()))
         drawn = self._drawn(metric, a, b)
-        # treat values that are equal up to rounding as equal: hits produce many ties
-        reached = int(np.count_nonzero(np.abs(drawn) >= observed - 1e-9 * found.error))
-        p = (1 + reached) / (1 + self.draws)
-        if reached >= FEW or not found.error:
+        # treat values that are equal up to rounding as equal: hits produce many ties, and so do differences
+        # that are the same for all users, whose standard error is only rounding
+        rounding = 1e-9 * max(found.error, observed)
+        reached = int(np.count_nonzero(np.abs(drawn) >= observed - rounding))
+        # of the 2^users sign patterns, two give the observed difference or its opposite
+        least = 2.0 ** (1 - self.panel.users)
+        p = max((1 + reached) / (1 + self.draws), least)
+        if reached >= FEW or found.error <= rounding:
             return p
         beyond = float(stats.t.sf(observed / found.error, found.effective_degrees))
-        return min(p, 2 * SIGN_TAIL * beyond)
+        return max(least, min(p, 2 * SIGN_TAIL * beyond))
 
     def _drawn(self, metric: str, a: int, b: int) -> np.ndarray:
         """Differences as they would be drawn if the two systems were equally good: float64 (draws,)."""

@@ -126,6 +126,7 @@ class RunSummary:
             sum to one over the catalog; a model's are over codes, including combinations that no item has.
         item_head: whether this is a model with an item head, whose probabilities are mostly over items, too.
         contains_model: whether this baseline answers together with the run's model, as a hybrid does.
+        untested: the trained stages that are not tested with the present settings.
         verdicts: what the gate decided, by stage (``gate.json``).
     """
 
@@ -148,6 +149,7 @@ class RunSummary:
     baseline: bool = False
     item_head: bool = False
     contains_model: bool = False
+    untested: Sequence[int] = ()
     verdicts: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def named(self, names: ItemNames) -> RunSummary:

@@ -197,7 +197,8 @@ def require_next(stage: RunStage) -> None:
     require_sizes(workspace.stream.manifest, workspace.config)
     if new := workspace.items_without_id:
         raise WorkspaceError(
-            f"{new:,} items of the stream in {workspace.root} have no semantic ID yet; "
+            f"{new:,} item{'s' * (new > 1)} of the stream in {workspace.root} "
+            f"{'have' if new > 1 else 'has'} no semantic ID yet; "
             f"run `peso tokenize --append -w {workspace.root}` first"
         )
     if workspace.stages_without_refresh:

@@ -258,7 +258,8 @@ def tokenize_new(workspace: Workspace, observer: Observer) -> dict[str, Any]:
             remember(ids, directory)
     after = workspace.semantic_ids.codes[: len(before.codes)]
     changed = int((after != before.codes).any(axis=1).sum())
-    observer.note(f"tokenize: {new:,} new items; {changed or 'no'} earlier ID{'s' * (changed > 1)} changed")
+    arrived = f"{new:,} new item{'s' * (new != 1)}"
+    observer.note(f"tokenize: {arrived}; {changed or 'no'} earlier ID{'s' * (changed > 1)} changed")
     return workspace.semantic_ids_manifest
 
 

@@ -148,6 +148,7 @@ def summarize(workspace: Workspace, name: str, drift: bool = True) -> RunSummary
             for on in tested
             if on != stage and (test := stage.on(on.number)).is_done
         },
+        untested=[stage.number for stage in stages if not stage.is_tested],
         verdicts={stage.number: verdict for stage in tested if (verdict := stage.verdict) is not None},
     )
 

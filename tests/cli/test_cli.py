@@ -91,6 +91,13 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(peso, config_file, tmp_p
     assert not (tmp_path / "w").exists()
 
 
+def test_what_comes_after_a_dry_run_has_its_settings(peso, config_file, tmp_path):
+    given = ["--set", "training.max_steps=3", "--set", "seed=2"]
+    status, _, err = peso("run", config_file, "-w", tmp_path / "w", "--dry-run", *given)
+    assert status == 0
+    assert f"next: peso run {config_file} -w {tmp_path / 'w'} {' '.join(given)}" in err
+
+
 def test_single_steps_make_the_same_run(peso, config_file, workspace, tmp_path):
     root = tmp_path / "w"
     assert peso("run", config_file, "-w", root, "--set", "data.format=simulate", "--dry-run")[0] == 0

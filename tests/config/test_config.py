@@ -155,6 +155,7 @@ def test_the_spread_of_initial_weights_is_for_backbones_that_have_none_yet():
         ({"name": "smollm2-135m"}, r"initializer_range is for scratch and tiny only; 'smollm2-135m' has its"),
         ({"name": "scratch", "pretrained": "/a"}, r"has no effect with backbone\.pretrained"),
         ({"name": "scratch", "initializer_range": 0}, "greater than 0"),
+        ({"name": "scratch", "initializer_range": 1.5}, "less than or equal to 1"),  # Transformers
     ]:
         with pytest.raises(ConfigError, match=message):
             backbone(**{"initializer_range": 0.1, **refused})

@@ -41,6 +41,22 @@ def test_two_copies_of_one_run_are_not_told_apart() -> None:
     assert "better" not in text
 
 
+def test_an_interval_beside_a_verdict_that_it_contradicts_is_explained() -> None:
+    """Holm's correction is for all pairs; an interval is for one pair."""
+    names = "abcdefg"
+    runs = [
+        RunSummary(name, name, {1: StageSummary(predictions(1, 0.5 if place == 0 else 0.44, place, 200))})
+        for place, name in enumerate(names)
+    ]
+    comparison = Comparison(runs, [10])
+    metric = comparison.metric("log_probability")
+    standing, contrasts = comparison.standing(metric), comparison.contrasts(metric)
+    found = [contrasts.contrast(metric.name, one.name, standing.best.name) for one in standing.tied]
+    assert any(one.high < 0 for one in found)
+    (text,) = [line for line in findings(comparison) if line.startswith("Log-probability")]
+    assert "Not significantly different after the correction for several comparisons" in text
+
+
 def test_the_difference_of_two_runs_is_that_of_paired_cases() -> None:
     one, other = (
         RunSummary(name, name, {1: StageSummary(predictions(1, skill, seed, 400))})
@@ -95,6 +111,24 @@ def test_averages_are_taken_over_the_stages_that_every_run_has() -> None:
     text = " ".join(findings(comparison))
     assert "Averages leave out stages 3 to 4, which not every run has: “half” lacks stages 3 to 4." in text
     assert "–" in page_of(*comparison.runs).text.split("NDCG@10 by stage")[2]
+
+
+def test_a_key_that_one_configuration_does_not_write_is_a_difference() -> None:
+    one = replace(run("a", "first", 0.5), configuration="seed: 1\ntraining: {users: all}\n")
+    other = replace(run("b", "second", 0.5), configuration="seed: 1\n")
+    section = configuration(Comparison([one, other], [10]))
+    assert section is not None
+    (table,) = section.tables
+    assert table.columns == ["Key", "first", "second"]
+    assert table.rows == [["training.users", "all", "not set"]]
+
+
+def test_stages_that_are_not_tested_any_more_are_named() -> None:
+    whole = run("a", "whole", 0.5)
+    one = replace(whole, stages={4: whole.stages[4]}, untested=[0, 1, 2, 3])
+    text = " ".join(findings(Comparison([one], [10])))
+    assert "“a” is not tested on stages 0 to 3 with its present settings" in text
+    assert "not tested" not in " ".join(findings(Comparison([whole], [10])))
 
 
 def test_what_a_run_lacks_is_left_out_of_the_page_without_a_word() -> None:

@@ -185,6 +185,25 @@ def test_far_apart_gives_a_p_value_smaller_than_one_in_the_draws() -> None:
     assert 2 * stats.norm.sf(z) < p < 1e-6
 
 
+@pytest.mark.parametrize("users", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("difference", [0.1, -2.7, 1e-5])
+def test_few_users_who_differ_alike_show_no_more_than_signs_can(users: int, difference: float) -> None:
+    values = np.linspace(-5, -4.3, users)[None]
+    found = pair(values, values + difference, one_stage(users)).p("m", "a", "b")
+    exact = 2.0 ** (1 - users)
+    assert exact <= found <= exact + 4 * math.sqrt(exact / 10_000) + 1e-3
+
+
+def test_one_user_in_two_stages_is_one_sign() -> None:
+    panel = Panel.of([np.zeros(1, dtype=int), np.zeros(1, dtype=int)])
+    assert pair(np.array([[0.0, 0.0]]), np.array([[0.5, 0.9]]), panel).p("m", "a", "b") == 1
+
+
+def test_no_p_value_is_smaller_than_signs_allow() -> None:
+    values = np.random.default_rng(0).normal(1000, 1e-3, size=(1, 14))
+    assert pair(np.zeros((1, 14)), values, one_stage(14)).p("m", "a", "b") >= 2.0**-13
+
+
 def test_the_bound_of_the_tail_holds() -> None:
     """For the worst weights (two equal ones) and for hits."""
     for weights in ([1.0, 1.0], [1.0] * 12, list(range(1, 13))):

@@ -256,8 +256,11 @@ def test_the_dry_run_reads_a_log_that_is_not_ingested(tmp_path, peso):
 
 def test_the_dry_run_lists_every_run_and_writes_nothing(tmp_path, peso):
     plan_of(tmp_path, {"strategies": ["none"], "grid": {"p": {"name": "peso", "weight": [1, 2]}}})
-    status, out, _ = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--dry-run")
+    status, out, err = peso(
+        "compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--dry-run", "--budget", "5m", "--set", "seed=1"
+    )
     assert status == 0
+    assert f"next: peso compare {tmp_path / 'c.yaml'} -w {tmp_path / 'w'} --set seed=1 --budget 5m" in err
     for name in ("tiny/none", "tiny/p[weight=1]/seed=0", "tiny/p[weight=2]/seed=0"):
         assert name in out
     assert not (tmp_path / "w").exists()

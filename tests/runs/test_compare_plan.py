@@ -206,6 +206,7 @@ def test_transfer_is_of_the_first_seed_of_what_is_named_and_comes_last(tmp_path)
         ({"strategys": ["none"]}, ["'compare.strategys'", "'compare.strategies'"]),
         ({}, ["compare.strategies", "compare.grid"]),
         ({"strategies": ["none", "none"]}, ["none", "two variants"]),
+        ({"strategies": ["none", {"name": "peso"}]}, ["compare.strategies", "only have names", "{a: single"]),
         ({"strategies": ["single"], "seeds": [1, 1]}, ["compare.seeds", "twice"]),
         ({"strategies": ["single"], "seeds": []}, ["compare.seeds", "1"]),
         ({"strategies": {"a/b": "single"}}, ["a/b", "letters"]),

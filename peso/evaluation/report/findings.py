@@ -165,7 +165,7 @@ def last_update(comparison: Comparison) -> list[str]:
             f"The model{f' of {_name(system)}' * several} after stage {stage}",
             f"after stage {stage - 1}",
         )
-        cases = f"the {change.cases:,} cases of stage {stage}"
+        cases = f"the {change.cases:,} case{'s' * (change.cases > 1)} of stage {stage}"
         before, after = comparison.before_and_after(system, metric, change)
         groups = {name: comparison.last_change(system, metric, n) for n, name in enumerate(USER_SEGMENTS)}
     else:
@@ -219,13 +219,14 @@ def _scope(comparison: Comparison) -> str:
         who = f"{len(systems)} systems in {runs} runs were"
     counts = [comparison.cases(system) for system in systems]
     cases = f"{counts[0]:,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
+    cases += f" case{'s' * (max(counts) > 1)} of {stage_range(comparison.averaged)}"
     same = "the same " * (len(systems) > 1 and comparison.same_cases)
     depth = min(
         run.stages[stage].predictions.depth for run in comparison.runs for stage in comparison.averaged
     )
     return (
-        f"{who} tested on {same}{cases} cases of {stage_range(comparison.averaged)}. A case is one user's "
-        f"last item in a stage; each system predicts a list of {depth} semantic IDs from the items before it."
+        f"{who} tested on {same}{cases}. A case is one user's last item in a stage; each system predicts a "
+        f"list of {depth} semantic IDs from the items before it."
     )
 
 
@@ -255,7 +256,12 @@ def _result(comparison: Comparison, metric: Metric) -> str:
             f"{_name(system)} ({_lead(comparison, standing.best, system, metric)})"
             for system in standing.tied
         ]
-        text += f" Not significantly different: {_some(tied)}."
+        contrasts = comparison.contrasts(metric)
+        apart = [contrasts.contrast(metric.name, other.name, standing.best.name) for other in standing.tied]
+        # without it, an interval that excludes zero would seem to contradict the sentence
+        corrected = any(found.low > 0 or found.high < 0 for found in apart)
+        after = " after the correction for several comparisons, which intervals do not have" * corrected
+        text += f" Not significantly different{after}: {_some(tied)}."
     return text
 
 
@@ -303,6 +309,12 @@ def _gaps(comparison: Comparison) -> list[str]:
             for run in comparison.unfinished
         ]
         notes.append(f"Unfinished and left out: {_some(lacking)}.")
+    notes += [
+        f"“{run.name}” is not tested on {stage_range(run.untested)} with its present settings, so the "
+        "figures are without. To test there, run `peso run` again, or `peso evaluate` with --stage."
+        for run in comparison.runs
+        if run.untested
+    ]
     if comparison.left_out:
         lacking = [
             f"{_name(system)} lacks {stage_range(missing)}"

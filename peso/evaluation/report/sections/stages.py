@@ -60,10 +60,11 @@ def levels_table(comparison: Comparison) -> Table:
     return Table(
         "log-probability-by-level",
         f"Log-probability by level of the semantic ID, mean of {stage_range(stages)}",
-        ["Strategy", *(f"Level {level}" for level in range(1, most + 1)), "All levels"],
+        ["Strategy", *(f"Level {level}" for level in range(1, most + 1)), "Log-probability"],
         rows,
-        "Mean of ln p(code | history, codes before it) in nats; the levels add up to the log-probability. "
-        "± half width of the 95 % interval.",
+        "Mean of ln p(code | history, codes before it) in nats. The last column is the log-probability of "
+        "the whole answer: the sum of the levels, unless the model also has an item head, which the levels "
+        "do not include. ± half width of the 95 % interval.",
     )
 
 

@@ -123,7 +123,8 @@ def origin(comparison: Comparison) -> Section | None:
     systems = [system for system in comparison.systems if system.first.configuration]
     flat = {s.name: dict(_flat(yaml.safe_load(s.first.configuration))) for s in systems}
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
-    values = {key: [flat[system.name].get(key) for system in systems] for key in keys}
+    # a key without an entry is one that is written only if it is not at its default
+    values = {key: [flat[system.name].get(key, "not set") for system in systems] for key in keys}
     manifests = [
         Listing(
             f"Manifests of {system.label}{f', seed {run.seed}' * (len(system.runs) > 1)}",
