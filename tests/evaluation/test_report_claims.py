@@ -20,7 +20,7 @@ from peso.evaluation.report.sections import sections_of
 from peso.evaluation.report.sections.drift import drift
 from peso.evaluation.report.sections.significance import significance
 from peso.evaluation.report.sections.stages import levels_table
-from peso.evaluation.report.sections.summary import averages_table
+from peso.evaluation.report.sections.summary import averages_table, origin
 from peso.evaluation.report.sections.sweep import sweep
 from peso.evaluation.report.tables import Quantity
 from peso.evaluation.run_summary import RunSummary, StageSummary, TrainingCurve
@@ -116,7 +116,7 @@ def test_averages_are_taken_over_the_stages_that_every_run_has() -> None:
 def test_a_key_that_one_configuration_does_not_write_is_a_difference() -> None:
     one = replace(run("a", "first", 0.5), configuration="seed: 1\ntraining: {users: all}\n")
     other = replace(run("b", "second", 0.5), configuration="seed: 1\n")
-    section = configuration(Comparison([one, other], [10]))
+    section = origin(Comparison([one, other], [10]))
     assert section is not None
     (table,) = section.tables
     assert table.columns == ["Key", "first", "second"]
