@@ -98,7 +98,8 @@ def first_config(
         overrides: ``a.b=value`` texts, which become part of the configuration.
 
     Raises:
-        DataError: there is no such file, a column cannot be guessed, or the data cannot be ingested.
+        DataError: there is no such file, a column cannot be guessed, the data cannot be ingested, or the items have
+            no texts that ``head.contents`` asks for.
         ConfigError: an unknown format or an invalid override.
     """
     form = form or format_at(log, observer, columns_given=bool(columns))
@@ -165,6 +166,11 @@ def first_config(
     for text in overrides:
         override(tree, text)
     config, manifest, described = _tested(tree, target.parent, observer)
+    if config.head.contents and described is None and not config.items.vectors:
+        raise DataError(
+            "head.contents needs items with texts or vectors, but the log has none; give a product table "
+            "with --items, or leave head.contents out"
+        )
     if described and config.items.needs_texts and config.items.quantizer != "category-path":
         warning = warning_on_texts(item_texts(described, config.items.template))
         if warning:

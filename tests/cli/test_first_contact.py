@@ -262,6 +262,11 @@ def test_init_keeps_what_is_there_and_asks_for_texts(peso, tmp_path):
 def test_a_log_without_any_text_gets_its_semantic_ids_from_behavior(peso, tmp_path):
     log, written = without_header(tmp_path), tmp_path / "log.yaml"
     assert "--set items.behavior={}" in peso("init", log, "-o", written)[2]
+    contents = ("--set", "items.behavior={}", "--set", "head.contents=true")
+    status, _, err = peso("init", log, "-o", written, *contents)
+    assert status != 0
+    assert "head.contents needs items with texts or vectors, but the log has none" in err
+    assert not written.exists()
     status, _, err = peso("init", log, "-o", written, "--set", "items.behavior={}")
     assert status == 0, err
     config = load_config(written)
