@@ -64,8 +64,8 @@ class BackboneConfig(Section):
         gt=0,
         le=1,
         description="scratch and tiny only: standard deviation of the initial weights, as in Transformers; "
-        f"none given: {INITIALIZER_RANGE}, which suits wide models; 1/√width suits narrow ones that are "
-        "trained at a small learning rate",
+        f"none given: {INITIALIZER_RANGE}; which value is better depends on width and learning rate "
+        "(docs/results/recipe.md)",
     )
     pretrained: str | None = new_key(
         None,

@@ -69,10 +69,9 @@ def level_log_probability(by_level: np.ndarray, level: int) -> np.ndarray:
     """Log-probability of one level per case: ln p(c_l | history, c_1 … c_{l-1}), where c_l is the target's
     code at level l.
 
-    By the chain rule, the levels sum to the log-probability of the ID's codes. An answer that also uses an
-    item head or counts of transitions has another one. So they show where a model
+    By the chain rule, the levels sum to the log-probability of the ID's codes. So they show where a model
     loses probability: at the first level, which is the coarse kind of item, or at the last, which
-    distinguishes similar items.
+    distinguishes similar items. The log-probability of an answer that also uses an item head is another one.
 
     Args:
         by_level: float (n, levels), the log-probability of each code of the target.

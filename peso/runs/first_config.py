@@ -98,8 +98,8 @@ def first_config(
         overrides: ``a.b=value`` texts, which become part of the configuration.
 
     Raises:
-        DataError: there is no such file, a column cannot be guessed, the data cannot be ingested, or the items have
-            no texts that ``head.contents`` asks for.
+        DataError: there is no such file, a column cannot be guessed, the data cannot be ingested,
+            or ``head.contents`` asks for texts that the items do not have.
         ConfigError: an unknown format or an invalid override.
     """
     form = form or format_at(log, observer, columns_given=bool(columns))
