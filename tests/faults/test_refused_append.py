@@ -309,7 +309,7 @@ def test_new_items_without_text_are_said_loudly(peso, logs: Path, shop: Path) ->
         "ingest", logs / "week.csv", "--append", "--items", logs / "old_products.csv", "-w", shop
     )
     assert status == 0
-    assert "warning: 4 of the new items have no title and no text" in out
+    assert "warning: new items without a title and a text: 4" in out
     assert f"peso ingest --items FILE -w {shop}" in out
     assert peso("ingest", "--items", logs / "products.csv", "-w", shop)[0] == 0
     assert peso("tokenize", "--append", "-w", shop)[0] == 0

@@ -341,8 +341,8 @@ def test_the_command_says_what_became_of_the_events(
     receive(shop, *NEW, sent("u0", "x1", 50))
     status, out, _ = peso("update", "-w", shop.root, "--from-events")
     assert status == 0
-    assert "stage 2: 12 received events of 3 users; 1 new items" in out
-    assert "warning: 1 items of received events (such as 'x1') are not in the product table" in out
+    assert "stage 2: 12 received events of 3 users; 1 new item" in out
+    assert "warning: items of received events that are not in the product table: 1 (such as 'x1')" in out
     assert "1 received events wait for a later stage" in out
     assert shop.items_without_id == 0, "the new item has its ID"
     status, out, _ = peso("update", "-w", shop.root, "--from-events")
