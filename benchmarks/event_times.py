@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from pool_forms import counted, figures, of_codes, of_items, share_of
+from pool_forms import counted, figures, of_codes, of_items, seen_ids, share_of
 
 from peso.decoding.pool import Evidence
 from peso.errors import PesoError
@@ -131,10 +131,7 @@ def measure(workspace: Workspace, most: int) -> dict[str, dict[str, float]]:
         evidence = Evidence.of(model.transitions, trie, cases.histories, torch.device("cpu"))
         both = share * of_items(model, cases) + (1 - share) * of_codes(stage, model, cases)
         p = counted(both, evidence, evidence.prior)
-        seen = np.zeros(p.shape, dtype=bool)
-        for row, had in zip(seen, cases.seen, strict=True):
-            row[trie.leaf_of[had]] = True
-        seen[np.arange(len(cases)), targets] = False
+        seen = seen_ids(cases, trie.leaf_of, trie.leaves)
         now = np.array(
             [when[user, stream.item_ids[item]] for user, item in zip(cases.users, cases.targets, strict=True)]
         )

@@ -80,6 +80,20 @@ def share_of(model: GenerativeModel, cases: Cases) -> np.ndarray:
     return model.vocabulary.item_head.share_of(lengths).double().unsqueeze(1).numpy()
 
 
+def seen_ids(cases: Cases, leaf_of: np.ndarray, leaves: int) -> np.ndarray:
+    """The IDs that are left out of each list, those of items that the user has had but for the target's:
+    bool (cases, leaves).
+
+    Args:
+        leaf_of: (items,), the leaf of each item.
+    """
+    seen = np.zeros((len(cases), leaves), dtype=bool)
+    for row, items in zip(seen, cases.seen, strict=True):
+        row[leaf_of[items]] = True
+    seen[np.arange(len(cases)), leaf_of[cases.targets]] = False
+    return seen
+
+
 def forms(
     items: np.ndarray, codes: np.ndarray, share: np.ndarray, evidence: Evidence, sasrec: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -151,10 +165,7 @@ def measure(workspace: Workspace, other: Workspace, most: int) -> dict[str, Any]
         baseline = run.restored(number)
         assert isinstance(baseline, BaselineAnswers)
         sasrec = np.exp(baseline.log_probabilities(cases))
-        seen = np.zeros(sasrec.shape, dtype=bool)
-        for row, items in zip(seen, cases.seen, strict=True):
-            row[trie.leaf_of[items]] = True
-        seen[np.arange(len(cases)), targets] = False
+        seen = seen_ids(cases, trie.leaf_of, trie.leaves)
         new.append(first[cases.targets] == number)
         parts = of_items(model, cases), of_codes(stage, model, cases), share, evidence, sasrec
         for name, probabilities in forms(*parts):
