@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -204,6 +205,15 @@ def test_any_model_is_tested_on_any_stage(finished):
     assert metrics != finished.stage(2).metrics["test"]
     with pytest.raises(DataError, match="no stage 9"):
         evaluate.test(finished.stage(0).on(9), Silent())
+
+
+def test_a_report_knows_the_stages_that_are_not_tested_with_changed_settings(finished, tmp_path, peso):
+    assert report.summarize(finished, "a", drift=False).untested == []
+    root = shutil.copytree(finished.root, tmp_path / "w")
+    status, _, err = peso("evaluate", "-w", root, "--set", "decoding.beams=12")
+    assert status == 0, err
+    summary = report.summarize(Workspace.open(root), "a", drift=False)
+    assert (list(summary.stages), summary.untested) == ([2], [0, 1])
 
 
 def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finished, tmp_path):
