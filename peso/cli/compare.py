@@ -81,11 +81,11 @@ def compare(
         require_results(output or root)
     from peso.runs.executors import Machine, open_executor
 
+    given = [part for text in overrides or [] for part in ("--set", text)]
+    given += [] if output is None else ["--output", str(output)]
+    given += [] if budget is None else ["--budget", budget]
     if dry_run:
         _show_plan(plan, Machine.of(plan.compare.workers, plan.common.training.device))
-        given = [part for text in overrides or [] for part in ("--set", text)]
-        given += [] if output is None else ["--output", str(output)]
-        given += [] if budget is None else ["--budget", budget]
         next_steps(["compare", config, "-w", root, *given])
         return
     from peso.runs.compare.results import collect, write_results
@@ -117,7 +117,7 @@ def compare(
     else:
         say("no report was written, because no run has a tested stage yet")
     if not rows or any(row.state != "done" for row in rows):
-        next_steps(["compare", config, "-w", root])
+        next_steps(["compare", config, "-w", root, *given])
     else:
         runs = [row.run.task.root for row in rows if row.run.kind == "strategy"]
         next_steps(["diagnose", "-w", runs[-1]])

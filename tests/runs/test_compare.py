@@ -224,9 +224,11 @@ def test_one_command_reports_transfer_and_baselines_and_goes_on_where_it_was_kil
 
 def test_a_budget_that_is_over_starts_nothing_and_the_command_still_says_what_is_missing(tmp_path, peso):
     plan_of(tmp_path, {"strategies": ["single"]})
-    status, out, _ = peso("compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--budget", "0s")
+    asked = ["compare", tmp_path / "c.yaml", "-w", tmp_path / "w", "--set", "seed=1", "--budget", "0s"]
+    status, out, err = peso(*asked)
     assert status == 0
     assert "1 stopped" in out
+    assert f"next: peso {' '.join(map(str, asked))}" in err
     assert "single/seed=0: missing" in out
     assert not (tmp_path / "w" / "data").exists()
 
