@@ -145,12 +145,25 @@ def figures(probabilities: np.ndarray, targets: np.ndarray, seen: np.ndarray) ->
         return {"ndcg": gains, "log": np.log(own), "seen": (probabilities * seen).sum(1)}
 
 
+def sasrec_of(workspace: Workspace) -> BaselineRun:
+    """The SASRec that was trained in a workspace; of several the first one by name."""
+    path = next(iter(sorted((workspace.root / "baselines").glob("sasrec*/*/manifest.json"))), None)
+    if path is None:
+        root = workspace.root
+        raise SystemExit(f"{root} has no trained SASRec; run `peso baseline sasrec -w {root}`")
+    return BaselineRun(workspace, read_baseline(json.loads(path.read_text())["baseline"]))
+
+
+def sasrec_probabilities(run: BaselineRun, number: int, cases: Cases) -> np.ndarray:
+    """The probabilities of all semantic IDs at a stage: float64 (cases, leaves)."""
+    baseline = run.restored(number)
+    assert isinstance(baseline, BaselineAnswers)
+    return np.exp(baseline.log_probabilities(cases))
+
+
 def measure(workspace: Workspace, other: Workspace, most: int) -> dict[str, Any]:
     """The figures of all forms over the later stages of a workspace."""
-    path = next(iter(sorted((other.root / "baselines").glob("sasrec*/*/manifest.json"))), None)
-    if path is None:
-        raise SystemExit(f"{other.root} has no trained SASRec; run `peso baseline sasrec -w {other.root}`")
-    run = BaselineRun(other, read_baseline(json.loads(path.read_text())["baseline"]))
+    run = sasrec_of(other)
     found: dict[str, list[dict[str, np.ndarray]]] = {}
     new = []
     first = np.asarray(workspace.stream.first_stages())
@@ -162,9 +175,7 @@ def measure(workspace: Workspace, other: Workspace, most: int) -> dict[str, Any]
             raise SystemExit(f"{workspace.root}: the model has no item head with counts of transitions")
         share, targets = share_of(model, cases), trie.leaf_of[cases.targets]
         evidence = Evidence.of(model.transitions, trie, cases.histories, torch.device("cpu"))
-        baseline = run.restored(number)
-        assert isinstance(baseline, BaselineAnswers)
-        sasrec = np.exp(baseline.log_probabilities(cases))
+        sasrec = sasrec_probabilities(run, number, cases)
         seen = seen_ids(cases, trie.leaf_of, trie.leaves)
         new.append(first[cases.targets] == number)
         parts = of_items(model, cases), of_codes(stage, model, cases), share, evidence, sasrec
