@@ -299,7 +299,10 @@ def _explain(problem: Any) -> str:
         del parts[1]  # the place in the list
     key, value, context = ".".join(parts), shown(problem.get("input")), problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
-        return unknown_key(key, value, valid_keys(parts=False))
+        names = valid_keys(parts=False)
+        if (last := parts[-1]) not in {name.rpartition(".")[2] for name in names}:  # an option of a part?
+            names += [name for name in valid_keys() if name.rpartition(".")[2] == last]
+        return unknown_key(key, value, names)
     if problem["type"] == UNKNOWN_OPTION:
         *above, option = parts
         there = [".".join([*above, each]) for each in context["there"]]

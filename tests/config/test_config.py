@@ -218,3 +218,18 @@ def test_every_key_says_in_the_reference_what_it_means():
         return missing
 
     assert [*unexplained(Config, ""), *unexplained(CompareConfig, "compare.")] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "suggested"),
+    [
+        ("partners", "baselines.partners"),
+        ("recency", "baselines.recency"),
+        ("strength", "strategy.strength"),
+        ("contents", "head.contents"),
+        ("epoch", "training.epochs"),
+    ],
+)
+def test_an_unknown_key_without_its_section_is_told_where_it_belongs(key, suggested):
+    with pytest.raises(ConfigError, match=f"unknown key '{key}'.*nearest valid key is '{suggested}'"):
+        load_config(SIMULATED, [f"{key}=1"])
