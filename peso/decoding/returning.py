@@ -83,11 +83,12 @@ class PromptMemory:
             if (old := self._kept.pop(user, None)) is not None:
                 self.used -= old.size
 
-    def clear(self) -> None:
-        """Remove the prompts of all users."""
+    def emptied(self) -> PromptMemory:
+        """A memory of the same size without prompts, which goes on counting tokens."""
+        made = PromptMemory(self.size)
         with self._lock:
-            self._kept.clear()
-            self.used = 0
+            made.reused, made.computed = self.reused, self.computed
+        return made
 
     def count(self, prompt: Prompt) -> None:
         """Add the tokens of a prompt to ``reused`` and ``computed``."""

@@ -77,7 +77,8 @@ class Rivals:
         """float (n,): ln of the share that the first code of each target has in the stage's training targets,
         or the target itself for a model with an item head, with add-one smoothing."""
         ids = self.stage.semantic_ids
-        targets = np.concatenate([s.items[s.first_target :] for s in self._known[-1].training_sequences()])
+        found = (s.items[s.first_target :] for s in self._known[-1].training_sequences())
+        targets = np.concatenate([np.empty(0, dtype=np.int64), *found])  # all users may have been erased
         numbers, size = ids.codes[:, 0], ids.sizes[0]
         if item_head:
             numbers, size = np.arange(len(ids.item_ids)), len(ids.item_ids)

@@ -39,6 +39,8 @@ class LiveStage:
         hybrid: the hybrid that answers: its label, or ``hybrid`` if there is only one; None: the model alone.
         on_change: called with the snapshot of every stage that starts to serve.
         on_problem: called with the reason if a stage cannot be loaded. The old one continues to serve.
+        renew: reads the histories of users again. It is called before the files of a changed workspace are
+            read, so that no answer of the new snapshot rests on the history of a user who was erased since.
 
     Raises:
         PesoError: there is no such stage or hybrid, the hybrid was not run for the stage, or a file of the
@@ -56,8 +58,10 @@ class LiveStage:
         hybrid: str | None = None,
         on_change: Callable[[Snapshot], None] | None = None,
         on_problem: Callable[[str], None] | None = None,
+        renew: Callable[[], None] | None = None,
     ) -> None:
         self.root, self.pinned = root, stage
+        self._renew = renew
         self._prompt_memory, self._remember = prompt_memory, remember
         self._trust = tuple(trust)
         self._on_change, self._on_problem = on_change, on_problem
@@ -89,6 +93,8 @@ class LiveStage:
         loaded yet. Otherwise only read titles, popularity and names of items again."""
         with self._loading:
             seen = self._fingerprint()  # a change while the files are read is for the next check
+            if self._renew is not None:
+                self._renew()
             self._refresh()
             self._seen = seen
 
@@ -101,13 +107,12 @@ class LiveStage:
             self.problem = None
             # titles, popularity and names as they are now; a user may have been erased
             now = Snapshot.of(wanted, self.hybrid)
-            if before.prompts is not None:
-                before.prompts.clear()
             self.current = replace(
                 now,
                 hybrid=before.hybrid,
                 model=before.model,
-                prompts=before.prompts,
+                # not cleared but replaced: a batch that has begun may still keep a prompt of an old history
+                prompts=None if before.prompts is None else before.prompts.emptied(),
                 answers=None if self._remember is None else self._remember(),
                 since=before.since,
             )

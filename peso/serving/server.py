@@ -106,6 +106,7 @@ def make_service(root: Path, settings: Settings, trust: Iterable[str] = ()) -> S
         hybrid=settings.hybrid,
         on_change=changed,
         on_problem=failed,
+        renew=lambda: histories.users.renew(),
     )
     stock = StockFiles(root, settings.allow_file, settings.deny_file)
     received = None if settings.read_only else ReceivedEvents(live.workspace.events_file)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +96,15 @@ def test_a_model_that_has_only_its_counts_is_told_so(counting: Workspace) -> Non
     found = check_health(stage, model, notes)
     assert "counts" in found["warnings"]
     assert found["ndcg@10"] <= counted == found["counts"]
+
+
+def test_a_stage_whose_users_were_all_erased_has_uniform_frequencies(good):
+    stage = good[0].stage(1)
+    cases = validation_cases(stage, 8)
+    rivals = Rivals(stage, cases, 10)
+    rivals.__dict__["_known"] = [SimpleNamespace(training_sequences=list)]
+    for item_head, size in ((True, len(stage.semantic_ids.item_ids)), (False, stage.semantic_ids.sizes[0])):
+        assert rivals.log_frequencies(item_head) == pytest.approx([-math.log(size)] * len(cases))
 
 
 def test_the_order_of_counted_evidence(counting: Workspace) -> None:

@@ -14,8 +14,10 @@ from event_logs import write_log
 
 from peso.errors import WorkspaceError
 from peso.runs import pipeline
+from peso.runs.forget import forget
 from peso.runs.recommender import Recommender
 from peso.runs.served import promote, rollback
+from peso.runs.user_histories import UserHistories
 from peso.runtime.progress import Silent
 from peso.serving import live
 
@@ -202,3 +204,25 @@ def test_prompts_of_users_are_dropped_when_the_stream_changes_or_the_user_is_gon
     prompts.used *= 2
     client.post("/v1/recommend", json={"user": "gone"})
     assert list(prompts._kept) == [user]
+
+
+def test_the_first_answer_after_an_erasure_does_not_know_the_user(serving, copy):
+    user, other = list(UserHistories(copy))[:2]
+    client = serving(copy.root)
+    wait_for(lambda: client.service.live.is_ready)
+    for each in (user, other, user):
+        assert client.post("/v1/recommend", json={"user": each}).json()["source"] == "model"
+    before = client.service.live.current
+    assert len(before.prompts) == 2
+    counted = before.prompts.computed
+
+    with copy.lock():
+        forget(copy, user, Silent())
+    wait_for(lambda: client.service.live.current is not before)  # no request meanwhile
+
+    after = client.service.live.current
+    assert (len(after.prompts), after.prompts.computed) == (0, counted)
+    assert client.get("/v1/users", params={"prefix": user}).json()["users"] == []
+    answer = client.post("/v1/recommend", json={"user": user}).json()
+    assert (answer["source"], answer["reason"]) == ("popularity", "unknown_user")
+    assert client.post("/v1/recommend", json={"user": other}).json()["source"] == "model"
