@@ -156,7 +156,7 @@ def _append(
     _show_stream(opened, manifest, added)
     first, end = added["first_stage"], added["first_stage"] + added["stages"]
     say(
-        f"appended: {added['events']:,} events of {added['users']:,} users "
+        f"appended: {counted(added['events'], 'event')} of {counted(added['users'], 'user')} "
         f"({added['new_users']:,} new) as {stages_named(range(first, end))}; "
         f"{counted(added['new_items'], 'new item')}"
     )

@@ -162,7 +162,7 @@ def _show(told: dict[str, Any]) -> None:
         say("no stage serves, because none is trained yet")
     else:
         how = f", by {serves['by']}" if serves["by"] else ""
-        how += " (forced: its gate had refused it)" if serves["forced"] else ""
+        how += " (forced: it had not passed its gate)" if serves["forced"] else ""
         how += ", pinned" if serves["pinned"] else ""
         why = f": {serves['reason']}" if serves["reason"] else ""
         say(f"stage {serves['stage']} has been serving since {serves['since'] or 'its training'}{how}{why}")

@@ -158,7 +158,10 @@ def _absolute(text: str, base: Path | None) -> str:
     if not path.is_absolute():
         beside = (base or Path()) / path
         path = beside if beside.exists() or matching(str(beside)) else path
-    return str(path.resolve())
+    try:
+        return str(path.resolve())
+    except RuntimeError:  # Python 3.11 and 3.12
+        raise ConfigError(f"{path} is a symbolic link that leads to itself; correct the link") from None
 
 
 def missing_keys(tree: Mapping[str, Any], config: Config) -> list[str]:

@@ -73,8 +73,9 @@ class Loaded:
         for remark in self.remarks:
             observer.note(f"note: {remark}")
         if self.ahead:
+            events = "event is" if self.ahead == 1 else "events are"
             observer.note(
-                f"warning: {self.ahead:,} events are in the future, the last at {iso(self.last)}. Only later "
+                f"warning: {self.ahead:,} {events} in the future, the last at {iso(self.last)}. Only later "
                 "events can be appended to a stream, so correct these times if they are a mistake"
             )
 
@@ -246,7 +247,8 @@ def _first_unreadable(
     if what in ("user", "item") or value is None:
         said = f"no {what} (column {name!r} is {value!r})"
     elif what == "time":
-        said = f"the time {str(value)!r} in column {name!r}, which cannot be read as {clock.stated}"
+        said = f"the time {str(value)!r} in column {name!r}, which cannot be read as {clock.stated} "
+        said += "or is outside of the years 1970 to 9998"
     else:
         said = f"the rating {value!r} in column {name!r}, which is not a number"
     file, number = reading.place(row)

@@ -333,7 +333,8 @@ def read_semantic_ids(directory: str | Path) -> SemanticIds:
     except (pa.ArrowException, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise WorkspaceError(
             f"{path} does not match its manifest ({type(error).__name__}: {error}); "
-            f"remove {directory} and make it again"
+            "restore it from a copy (before a stage is trained, you can also remove that directory and run "
+            "`peso tokenize`)"
         ) from None
 
 

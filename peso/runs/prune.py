@@ -8,10 +8,11 @@ What a strategy needs of earlier stages is stored with the newest one (``state.s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from peso.errors import DataError
+from peso.errors import DataError, WorkspaceError
 from peso.runs.baselines import found_baselines
 from peso.runs.place import SERVED_LOCK
 from peso.runs.served import previous, serving_stage
@@ -45,7 +46,8 @@ def pruning(workspace: Workspace, keep: int) -> Pruning:
 
     Raises:
         DataError: ``keep`` is not positive.
-        WorkspaceError: no stage is trained, or a file is damaged.
+        WorkspaceError: no stage is trained, or a file is damaged; also if the weights of a stage that keeps
+            them are, because older ones may be the last that can be used.
     """
     if keep < 1:
         raise DataError(f"keep = {keep}, but the newest stage is needed by the next update; keep 1 or more")
@@ -53,6 +55,8 @@ def pruning(workspace: Workspace, keep: int) -> Pruning:
     kept = _needed(workspace)
     old = [workspace.stage(number) for number in range(newest + 1 - keep)]
     gone = [stage for stage in old if stage.number not in kept and _existing_files(stage)]
+    if gone:
+        _require_intact([*sorted(kept), *range(max(0, newest + 1 - keep), newest + 1)], workspace)
     size = sum(path.stat().st_size for stage in gone for path in _existing_files(stage))
     return Pruning(
         [stage.number for stage in gone],
@@ -77,6 +81,19 @@ def prune(workspace: Workspace, keep: int) -> Pruning:
             for path in _existing_files(stage):
                 path.unlink()
     return removed
+
+
+def _require_intact(numbers: Iterable[int], workspace: Workspace) -> None:
+    for number in dict.fromkeys(numbers):
+        stage = workspace.stage(number)
+        if stage.pruned is None:  # an earlier call with a smaller `keep` may have removed them
+            try:
+                stage.require_intact_weights()
+            except WorkspaceError as error:
+                raise WorkspaceError(
+                    f"nothing was removed, because the weights of stage {number}, which are kept, cannot be "
+                    f"used: {error}"
+                ) from None
 
 
 def _needed(workspace: Workspace) -> dict[int, str]:

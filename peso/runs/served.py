@@ -16,7 +16,6 @@ from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.failures import sentence
 from peso.runtime.files import in_turn
-from peso.runtime.manifest import intact
 from peso.runtime.provenance import timestamp
 from peso.runtime.records import read_record, write_record
 
@@ -154,7 +153,7 @@ def promote(
     """
     stage = workspace.trained(number)
     determined_by, missed = stage.determined_by, _missed(stage)
-    _require_weights(stage)
+    stage.require_intact_weights()
     if missed and not force:
         raise WorkspaceError(
             f"stage {number} of {workspace.root} did not pass its gate ({missed}); to promote it anyway, "
@@ -207,7 +206,7 @@ def rollback(workspace: Workspace, *, reason: str | None = None, pinned: bool = 
                 f"no other stage of {workspace.root} served before the current one; promote one by its "
                 f"number: `peso promote -w {workspace.root} --stage T`"
             )
-        _require_weights(workspace.stage(target))
+        workspace.stage(target).require_intact_weights()
         return _record(workspace.stage(target), known, known.current, "rollback", reason, pinned=pinned)
 
 
@@ -242,14 +241,6 @@ def _missed(stage: RunStage) -> str | None:
     """The gate's reason for rejecting a stage; None: it passed, or was not judged."""
     verdict = stage.verdict
     return None if verdict is None or verdict["decision"] == "passed" else str(verdict["says"])
-
-
-def _require_weights(stage: RunStage) -> None:
-    """Raise WorkspaceError if a file of the model is missing or damaged."""
-    stage.require_weights()
-    manifest = stage.manifest
-    for name in stage.weight_files:
-        intact(stage.directory, name, manifest)
 
 
 def _record(

@@ -143,6 +143,13 @@ class RunStage:
                 f"{self.workspace.root}`), or restore {self.directory} from a copy"
             )
 
+    def require_intact_weights(self) -> None:
+        """Raise WorkspaceError if the weights were pruned, or one of their files is missing or damaged."""
+        self.require_weights()
+        manifest = self.manifest
+        for name in self.weight_files:
+            intact(self.directory, name, manifest)
+
     @property
     def as_trained(self) -> RunStage:
         """The stage, in a workspace with the configuration with which it was trained, except for the current

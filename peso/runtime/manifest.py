@@ -246,4 +246,7 @@ def _checksums_of(name: str, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _cure(directory: Path) -> str:
-    return f"restore it from a copy, or remove {directory} and make it again"
+    return (
+        f"restore it from a copy (if nothing was made from {directory} yet, you can also remove that "
+        "directory and repeat the step)"
+    )

@@ -195,6 +195,7 @@ class Promotion(Message):
     time: datetime
     by: str
     reason: str | None = None
+    pinned: bool = Field(False, description="Whether a gate may not replace the stage.")
 
 
 class Status(Message):

@@ -249,7 +249,9 @@ def _stages(live: LiveStage) -> tuple[int | None, Promotion | None]:
     if latest is None:
         return newest, None
     time = datetime.fromisoformat(latest.time)
-    return newest, Promotion(stage=latest.stage, time=time, by=latest.by, reason=latest.reason)
+    return newest, Promotion(
+        stage=latest.stage, time=time, by=latest.by, reason=latest.reason, pinned=latest.pinned
+    )
 
 
 EXAMPLES: Any = {

@@ -99,7 +99,7 @@ class StagePlan:
         if not self.chunks:
             raise TrainingError(
                 f"stage {stage} has no training targets: no user has three items in it. "
-                "Leave the stage out, or use fewer stages"
+                "Use fewer stages (data.stages); if the stage was appended, remove it (`peso undo`)"
             )
         targets = np.array([chunk.targets for chunk in self.chunks])
         # an epoch has at least one step

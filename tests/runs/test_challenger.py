@@ -208,7 +208,7 @@ def test_a_stage_that_missed_its_gate_is_promoted_by_force_alone(
     assert latest is not None
     assert (latest.stage, latest.forced, latest.reason) == (1, True, "new shop")
     status, out, _ = peso("status", "-w", unjudged.root)
-    assert "forced: its gate had refused it" in out
+    assert "forced: it had not passed its gate" in out
     assert "stage 1 was refused against stage 0" in out
     assert json.loads(peso("status", "-w", unjudged.root, "--json")[1])["serves"]["forced"] is True
     rollback(unjudged)

@@ -103,6 +103,15 @@ def test_what_serves_and_what_a_rollback_leads_to_keep_their_weights(workspace: 
     assert Recommender(workspace).stage == 1
 
 
+def test_nothing_is_removed_if_a_stage_that_is_kept_cannot_be_used(workspace: Workspace) -> None:
+    newest = workspace.stage(workspace.trained().number)
+    path = next(newest.directory / name for name in newest.weight_files)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(WorkspaceError, match=f"nothing was removed.*of stage {newest.number}.*is damaged"):
+        pruned(workspace, 1)
+    assert all(stage.pruned is None and weights(workspace, stage.number) for stage in workspace.stages)
+
+
 def test_a_rollback_passes_over_what_was_pruned(workspace: Workspace) -> None:
     for number in (1, 0, 2):
         promote(workspace, number)

@@ -16,6 +16,7 @@ from peso.errors import WorkspaceError
 from peso.events.received import ReceivedEvent, ReceivedEvents
 from peso.runs.recommender import Recommender
 from peso.runs.served import previous, promote, rollback, served, serving_stage
+from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.files import checksum
 
@@ -101,7 +102,7 @@ def test_a_stage_that_is_removed_meanwhile_is_not_promoted(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An undo may come between the check of the weights and the change."""
-    monkeypatch.setattr("peso.runs.served._require_weights", lambda stage: shutil.rmtree(stage.directory))
+    monkeypatch.setattr(RunStage, "require_intact_weights", lambda stage: shutil.rmtree(stage.directory))
     with pytest.raises(WorkspaceError, match="removed meanwhile"):
         promote(workspace, 2)
     assert served(workspace).current is None

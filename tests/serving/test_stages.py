@@ -196,8 +196,9 @@ def test_prompts_of_users_are_dropped_when_the_stream_changes_or_the_user_is_gon
     manifest = copy.root / "stream" / "manifest.json"
     shutil.copy2(manifest, copy.root / "other")
     (copy.root / "other").rename(manifest)
-    wait_for(lambda: len(prompts) == 0)
-    assert prompts.used == 0
+    wait_for(lambda: client.service.live.current.prompts is not prompts)
+    prompts = client.service.live.current.prompts
+    assert (len(prompts), prompts.used) == (0, 0)
     client.post("/v1/recommend", json={"user": user})
     assert client.service.live.current.prompts is prompts
     prompts._kept["gone"] = prompts._kept[user]
