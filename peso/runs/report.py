@@ -148,7 +148,12 @@ def summarize(workspace: Workspace, name: str, drift: bool = True) -> RunSummary
             for on in tested
             if on != stage and (test := stage.on(on.number)).is_done
         },
-        untested=[stage.number for stage in stages if not stage.is_tested],
+        untested=[
+            stage.number
+            for stage in stages
+            # without cases if all of its users were erased
+            if not stage.is_tested and len(workspace.stream.stage(stage.number).eligible())
+        ],
         verdicts={stage.number: verdict for stage in tested if (verdict := stage.verdict) is not None},
     )
 

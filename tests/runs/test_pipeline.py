@@ -207,13 +207,18 @@ def test_any_model_is_tested_on_any_stage(finished):
         evaluate.test(finished.stage(0).on(9), Silent())
 
 
-def test_a_report_knows_the_stages_that_are_not_tested_with_changed_settings(finished, tmp_path, peso):
+def test_a_report_knows_the_stages_that_are_not_tested_with_changed_settings(
+    finished, tmp_path, peso, monkeypatch
+):
     assert report.summarize(finished, "a", drift=False).untested == []
     root = shutil.copytree(finished.root, tmp_path / "w")
     status, _, err = peso("evaluate", "-w", root, "--set", "decoding.beams=12")
     assert status == 0, err
     summary = report.summarize(Workspace.open(root), "a", drift=False)
     assert (list(summary.stages), summary.untested) == ([2], [0, 1])
+    nobody = np.empty(0, dtype=np.int64)  # as if all users of the stages were erased
+    monkeypatch.setattr("peso.events.histories.Stage.eligible", lambda stage: nobody)
+    assert report.summarize(Workspace.open(root), "a", drift=False).untested == []
 
 
 def test_changing_k_keeps_the_predictions_and_changing_beams_renews_them(finished, tmp_path):
