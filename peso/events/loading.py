@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 UNTIMED = "there are no times: events are in the order of the files"
 DAY = 86_400.0  # seconds by which a clock elsewhere may be ahead
+MANY = 0.1  # the share of unreadable rows above which leaving them out is warned of
 SAMPLE = 100  # the number of values from which the format of the times is recognized
 
 
@@ -70,6 +71,12 @@ class Loaded:
             f"{times if self.timed else UNTIMED}; {self.rows:,} rows, "
             f"{self.skipped:,} of them unreadable and left out"
         )
+        if self.skipped > MANY * self.rows:
+            observer.note(
+                f"warning: {self.skipped / self.rows:.0%} of the rows were left out, because data.on_error "
+                "is skip; with fail, the error names the first of them. A log with two formats of times, for "
+                "example, loses one of them"
+            )
         for remark in self.remarks:
             observer.note(f"note: {remark}")
         if self.ahead:

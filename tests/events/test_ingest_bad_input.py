@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from event_logs import data_config, histories, ingested, write_json_lines, write_log
+from small_runs import Notes
 
 from peso.errors import ConfigError, DataError, WorkspaceError
 from peso.events import stage_writer
@@ -162,7 +163,7 @@ def test_times_that_are_no_times(tmp_path: Path) -> None:
 def test_another_encoding_of_the_header_is_named(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.csv", LOG)
     path.write_bytes(path.read_bytes().decode().encode("utf-16"))
-    refused(tmp_path, "is not utf-8 text; set data.encoding .*utf-16", format="csv", path=str(path))
+    refused(tmp_path, "is not utf-8 text; set data.encoding .*encoding=utf-16", format="csv", path=str(path))
 
 
 @pytest.mark.parametrize(
@@ -358,3 +359,19 @@ def test_a_disk_that_fills_up_with_what_is_spilt_is_named(tmp_path: Path) -> Non
     ):
         raise duckdb.IOException('IO Error: Could not write file "x.tmp": No space left on device')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(190, False), (100, True)])
+def test_a_large_share_of_rows_left_out_is_warned_of(tmp_path: Path, seconds: int, warned: bool) -> None:
+    """For example a log whose format of times changed one day."""
+    rows: list[tuple[object, ...]] = [(f"u{k % 5}", f"i{k % 7}", 1_600_000_000 + k) for k in range(seconds)]
+    rows += [(f"u{k % 5}", f"i{k % 7}", f"2021-01-01T00:{k % 60:02}:00") for k in range(200 - seconds)]
+    config = data_config(
+        format="csv", path=str(write_log(tmp_path / "log.csv", rows)), stages=2, on_error="skip", min_user=1
+    )
+    notes = Notes()
+    with commit_directory(tmp_path / "stream") as directory:
+        ingest(config, directory, observer=notes)
+    found = [note for note in notes.notes if "of the rows were left out" in note]
+    assert len(found) == warned
+    assert all(note.startswith("warning: 50% ") for note in found)

@@ -234,9 +234,10 @@ def first_fields(file: Path, separator: str, quote: str, encoding: str) -> list[
     with open_text(file, encoding) as handle:
         line = handle.readline(HEADER).rstrip("\n")
     if any(mark in line for mark in ("\0", "\ufffd")) or any("\udc80" <= mark <= "\udcff" for mark in line):
+        likely = "utf-16" if "\0" in line else "latin-1"  # in UTF-16, every other byte of English is zero
         raise DataError(
             f"the first line of {file} is not {encoding} text; set data.encoding (utf-8, latin-1 or utf-16), "
-            "for example --set data.encoding=latin-1"
+            f"for example --set data.encoding={likely}"
         )
     fields = line.split(separator)
     if quote and quote in line:
