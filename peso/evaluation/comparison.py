@@ -475,5 +475,6 @@ class Standing:
 def _not_paired(one: str, other: str, stage: int) -> WorkspaceError:
     return WorkspaceError(
         f"{one} and {other} answered different cases of stage {stage}, so they cannot be compared in pairs; "
-        "test both on the same stream"
+        "test both on the same stream, or, if users were erased from one of them (`peso forget`), erase them "
+        "from the other, too"
     )
