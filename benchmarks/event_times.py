@@ -25,10 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
-from pool_forms import counted, figures, of_codes, of_items, seen_ids, share_of
+from pool_forms import figures, model_probabilities, seen_ids
 
-from peso.decoding.pool import Evidence
 from peso.errors import PesoError
 from peso.events.database import temporary_database
 from peso.events.loading import load
@@ -123,14 +121,8 @@ def measure(workspace: Workspace, most: int) -> dict[str, dict[str, float]]:
     found: dict[str, list[dict[str, np.ndarray]]] = {}
     for number in range(1, stream.stages):
         stage = workspace.stage(number)
-        model, cases = stage.answering_model(), validation_cases(stage, most)
-        head, trie = model.vocabulary.item_head, model.semantic_ids.trie
-        if head is None or model.transitions is None:
-            raise SystemExit(f"{workspace.root}: the model has no item head with counts of transitions")
-        share, targets = share_of(model, cases), trie.leaf_of[cases.targets]
-        evidence = Evidence.of(model.transitions, trie, cases.histories, torch.device("cpu"))
-        both = share * of_items(model, cases) + (1 - share) * of_codes(stage, model, cases)
-        p = counted(both, evidence, evidence.prior)
+        cases, trie = validation_cases(stage, most), workspace.semantic_ids.trie
+        p, targets = model_probabilities(stage, cases), trie.leaf_of[cases.targets]
         seen = seen_ids(cases, trie.leaf_of, trie.leaves)
         now = np.array(
             [when[user, stream.item_ids[item]] for user, item in zip(cases.users, cases.targets, strict=True)]

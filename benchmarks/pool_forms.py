@@ -145,6 +145,17 @@ def figures(probabilities: np.ndarray, targets: np.ndarray, seen: np.ndarray) ->
         return {"ndcg": gains, "log": np.log(own), "seen": (probabilities * seen).sum(1)}
 
 
+def model_probabilities(stage: RunStage, cases: Cases) -> np.ndarray:
+    """The probabilities of all semantic IDs by the model of a stage: float64 (cases, leaves)."""
+    model = stage.answering_model()
+    if model.vocabulary.item_head is None or model.transitions is None:
+        raise SystemExit(f"{stage.workspace.root}: the model has no item head with counts of transitions")
+    share = share_of(model, cases)
+    both = share * of_items(model, cases) + (1 - share) * of_codes(stage, model, cases)
+    evidence = Evidence.of(model.transitions, model.semantic_ids.trie, cases.histories, torch.device("cpu"))
+    return counted(both, evidence, evidence.prior)
+
+
 def sasrec_of(workspace: Workspace) -> BaselineRun:
     """The SASRec that was trained in a workspace; of several the first one by name."""
     path = next(iter(sorted((workspace.root / "baselines").glob("sasrec*/*/manifest.json"))), None)

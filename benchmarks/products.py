@@ -19,33 +19,9 @@ from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
-import torch
-from pool_forms import (
-    counted,
-    figures,
-    of_codes,
-    of_items,
-    sasrec_of,
-    sasrec_probabilities,
-    seen_ids,
-    share_of,
-)
+from pool_forms import figures, model_probabilities, sasrec_of, sasrec_probabilities, seen_ids
 
-from peso.decoding.pool import Evidence
-from peso.events.histories import Cases
-from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
-
-
-def model_probabilities(stage: RunStage, cases: Cases) -> np.ndarray:
-    """The probabilities of all semantic IDs by the model of a stage: float64 (cases, leaves)."""
-    model = stage.answering_model()
-    if model.vocabulary.item_head is None or model.transitions is None:
-        raise SystemExit(f"{stage.workspace.root}: the model has no item head with counts of transitions")
-    share = share_of(model, cases)
-    both = share * of_items(model, cases) + (1 - share) * of_codes(stage, model, cases)
-    evidence = Evidence.of(model.transitions, model.semantic_ids.trie, cases.histories, torch.device("cpu"))
-    return counted(both, evidence, evidence.prior)
 
 
 def measure(workspaces: list[Workspace], most: int, test: bool) -> dict[str, dict[str, float]]:
