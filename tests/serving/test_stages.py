@@ -188,6 +188,14 @@ def test_items_that_come_with_an_append_are_known_while_requests_go_on(serving, 
     assert answer.json()["stage"] == 1
 
 
+def test_the_status_says_whether_the_promoted_stage_is_pinned(serving, copy):
+    for pinned in (False, True):
+        promote(copy, 0, pinned=pinned)
+        status = serving(copy.root).get("/v1/status").json()
+        assert (status["promotion"]["pinned"], status["pinned"]) == (pinned, False)  # no --stage
+        promote(copy, 1)
+
+
 def test_prompts_of_users_are_dropped_when_the_stream_changes_or_the_user_is_gone(serving, copy):
     client = serving(copy.root)
     user, prompts = copy.stream.stage(1).users[0], client.service.live.current.prompts
