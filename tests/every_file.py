@@ -30,5 +30,5 @@ def make_every_file(root: Path) -> Path:
     evaluate.test(workspace.stage(1).on(2), Silent())
     served.promote(workspace, 1)
     challenger.judge(workspace.stage(2), Silent())
-    (workspace.root / "served.json").unlink()  # the newest stage is to serve
+    served.promote(workspace, 2, force=True)  # the newest stage is to serve
     return workspace.root

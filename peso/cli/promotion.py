@@ -159,7 +159,11 @@ def _show(told: dict[str, Any]) -> None:
             )
     serves, waiting = told["serves"], told["waiting"]
     if serves["stage"] is None:
-        say("no stage serves, because none is trained yet")
+        say(
+            f"warning: {serves['problem']}"
+            if serves["problem"]
+            else "no stage serves, because none is trained yet"
+        )
     else:
         how = f", by {serves['by']}" if serves["by"] else ""
         how += " (forced: it had not passed its gate)" if serves["forced"] else ""

@@ -107,15 +107,35 @@ def served(workspace: Workspace) -> Served:
         ) from None
 
 
+def is_lost(workspace: Workspace) -> bool:
+    """Whether ``served.json`` is missing although the gate has judged a stage, which it records first. The
+    newest stage must not serve then: it may be one that did not pass."""
+    if os.path.lexists(workspace.root / SERVED):
+        return False
+    return any(workspace.stage(number).verdict is not None for number in workspace.finished_stages)
+
+
+def _lost(workspace: Workspace) -> WorkspaceError:
+    return WorkspaceError(
+        f"{workspace.root / SERVED} is missing, although the gate has judged stages, so it is not known "
+        f"which stage serves; restore it from a copy, or promote a stage: `peso promote -w {workspace.root} "
+        "--stage T`"
+    )
+
+
 def serving_stage(workspace: Workspace) -> RunStage:
     """The serving stage: the recorded one, or the newest trained one if none was promoted yet.
 
     Raises:
-        WorkspaceError: no stage is trained, or the recorded one was removed or trained again.
+        WorkspaceError: no stage is trained, the recorded one was removed or trained again, or the record is
+            lost.
     """
     latest = served(workspace).latest
     if latest is None:
-        return workspace.trained()
+        newest = workspace.trained()
+        if is_lost(workspace):
+            raise _lost(workspace)
+        return newest
     if not _is_there(workspace, latest.stage, latest.determined_by):
         raise WorkspaceError(
             f"stage {latest.stage} of {workspace.root} should serve, but was removed or trained again; "
@@ -170,7 +190,7 @@ def promote(
         if by == "gate" and (latest is None or latest.pinned or latest.stage != instead_of):
             return False
         if latest is None:
-            before = workspace.trained().number
+            before = None if is_lost(workspace) else workspace.trained().number
         else:
             before = latest.stage
             if (number, pinned, determined_by) == (before, latest.pinned, latest.determined_by):
@@ -181,10 +201,16 @@ def promote(
 
 def serve_from_now(workspace: Workspace, reason: str) -> None:
     """Record the newest trained stage as the serving one, unless one is recorded, so that later stages have
-    to pass the gate."""
+    to pass the gate.
+
+    Raises:
+        WorkspaceError: no stage is trained, or the record is lost.
+    """
     with in_turn(workspace.root / SERVED_LOCK):
         known, newest = served(workspace), workspace.trained()
         if known.current is None:
+            if is_lost(workspace):
+                raise _lost(workspace)
             _record(newest, known, None, "gate", reason)
 
 

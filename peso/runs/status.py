@@ -6,7 +6,7 @@ from typing import Any
 
 from peso.errors import WorkspaceError
 from peso.events.received import ReceivedEvents
-from peso.runs.served import previous, served, serving_stage
+from peso.runs.served import is_lost, previous, served, serving_stage
 from peso.runs.stage import CHANGED_CODES, RunStage
 from peso.runs.user_histories import cuts_of
 from peso.runs.workspace import Workspace
@@ -25,12 +25,12 @@ def status(workspace: Workspace) -> dict[str, Any]:
     """The output of ``peso status``, JSON-serializable.
 
     Returns:
-        ``gate``: whether it is enabled. ``serves``: ``stage`` (None: none is trained), ``since``, ``by``
-        (None: never promoted), ``reason``, ``forced``, ``pinned``, ``previous`` (the target of a rollback)
-        and ``problem`` (why the recorded stage cannot be loaded, or None). ``stages``: the lineage, see
-        :func:`_stage`. ``waiting``: untrained stages, items without a semantic ID, stages whose codes are not
-        refreshed (if there are any), and received events that are in no stage yet (None: no event was
-        received).
+        ``gate``: whether it is enabled. ``serves``: ``stage`` (None: none is trained, or ``served.json`` is
+        lost), ``since``, ``by`` (None: never promoted), ``reason``, ``forced``, ``pinned``, ``previous`` (the
+        target of a rollback) and ``problem`` (why the stage that should serve cannot be loaded, or is not
+        known; or None). ``stages``: the lineage, see :func:`_stage`. ``waiting``: untrained stages, items
+        without a semantic ID, stages whose codes are not refreshed (if there are any), and received events
+        that are in no stage yet (None: no event was received).
 
     Raises:
         WorkspaceError: a file is damaged.
@@ -69,6 +69,8 @@ def _serves(workspace: Workspace) -> dict[str, Any]:
     except WorkspaceError as error:
         problem = str(error)
     if (latest := known.latest) is None:
+        if is_lost(workspace):
+            return {**NOTHING_SERVES, "problem": problem}
         newest = workspace.trained()
         serves = {"stage": newest.number, "since": newest.manifest.get("created"), "by": None}
         serves |= {"reason": NEVER_PROMOTED, "forced": False, "pinned": False}

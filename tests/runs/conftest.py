@@ -12,14 +12,22 @@ import forked
 import pytest
 
 from peso.runs import recommend_all
+from peso.runs.place import SERVED
 from peso.runs.recommender import Recommender
+from peso.runs.stage import FORMAT, VERDICT
 from peso.runs.tasks import Call
 from peso.runs.workspace import Workspace
+from peso.runtime.manifest import take_out
 
 
 @pytest.fixture
 def root(tmp_path: Path, every_file: Path) -> Path:
-    return shutil.copytree(every_file, tmp_path / "w")
+    """No stage was promoted or judged, so the newest one serves."""
+    root = shutil.copytree(every_file, tmp_path / "w")
+    (root / SERVED).unlink()
+    take_out(root / "stages" / "2", [VERDICT], FORMAT, {})
+    (root / "stages" / "2" / VERDICT).unlink()
+    return root
 
 
 @pytest.fixture

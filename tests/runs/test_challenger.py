@@ -254,6 +254,34 @@ def test_an_update_that_was_killed_is_finished_and_nothing_unjudged_serves(
     assert [change.stage for change in served(workspace).changes] == [0, 1]
 
 
+def test_without_its_record_no_stage_serves_that_the_gate_refused(
+    workspace: Workspace, outcome: Callable[[str], None], peso: Call
+) -> None:
+    outcome("failed")
+    pipeline.update(workspace, Silent())
+    path = workspace.root / "served.json"
+    path.unlink()
+    calls: list[tuple[str, ...]] = [("recommend", "--user", "u1"), ("update",), ("prune", "--keep", "1")]
+    for name, *options in calls:
+        status, _, err = peso(name, "-w", workspace.root, *options)
+        assert status == 1, name
+        assert f"{path} is missing" in err
+        assert "peso promote" in err
+    assert workspace.finished_stages == [0, 1]  # the update has trained nothing
+    status, out, _ = peso("status", "-w", workspace.root)
+    assert status == 0
+    assert f"warning: {path} is missing" in " ".join(out.split())
+    told = json.loads(peso("status", "-w", workspace.root, "--json")[1])
+    assert told["serves"]["stage"] is None
+    assert "is missing" in told["serves"]["problem"]
+    with pytest.raises(WorkspaceError, match="did not pass its gate"):
+        promote(workspace, 1)
+    promote(workspace, 0)
+    (change,) = served(workspace).changes
+    assert (change.stage, change.before) == (0, None)
+    assert peso("recommend", "-w", workspace.root, "--user", "u1")[0] == 0
+
+
 def test_a_verdict_on_a_stage_that_was_undone_is_not_taken_for_that_on_the_next(
     unjudged: Workspace, outcome: Callable[[str], None], peso: Call
 ) -> None:
