@@ -85,7 +85,7 @@ def holdings(workspace: Workspace, user: str) -> Holdings:
     users = [user, *members_of(stream.merged_users).get(user, ())]
     stages = stages_with(stream, *users)
     first = min(stages, default=stream.stages)
-    tests = [_named(test) for test in predicted_tests(workspace) if has_user(test.path(PREDICTIONS), *users)]
+    tests = [_named(test) for test in predicted_tests(workspace) if has_user(_intact(test), *users)]
     return Holdings(
         users=users,
         stages=stages,
@@ -143,6 +143,11 @@ def predicted_tests(workspace: Workspace) -> Iterator[StageTest]:
                 test = StageTest(stage, cases, part)
                 if test.path(PREDICTIONS).is_file():
                     yield test
+
+
+def _intact(test: StageTest) -> Path:
+    """The path of its predictions, checked if the manifest lists them."""
+    return test.stage.file(test.name(PREDICTIONS)) or test.path(PREDICTIONS)
 
 
 def _named(test: StageTest) -> Test:

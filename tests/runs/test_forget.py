@@ -41,8 +41,8 @@ def _no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, every_file: Path) -> Workspace:
-    workspace = Workspace.open(shutil.copytree(every_file, tmp_path / "w"))
+def workspace(root: Path) -> Workspace:
+    workspace = Workspace.open(root)
     with ReceivedEvents(workspace.events_file) as received:
         received.add(
             [ReceivedEvent(user, "i", n) for n in range(3) for user in (somebody(workspace), "else")]
@@ -185,6 +185,23 @@ def test_an_interrupted_call_can_be_repeated(
         assert stage.manifest["files"] == whole.stage(stage.number).manifest["files"]
     assert workspace.stream.manifest["files"] == whole.stream.manifest["files"]
     assert workspace.stream.erasures == 1
+
+
+def test_damaged_predictions_are_named_and_nothing_is_erased(workspace: Workspace) -> None:
+    """Also if they can still be read; to write them again would hide the damage."""
+    user = somebody(workspace)
+    before = files_naming(workspace, user)
+    path = workspace.root / "stages" / "1" / "predictions.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows.slice(1), path)
+    with pytest.raises(WorkspaceError, match=f"{path} is damaged.*evaluate again: `peso evaluate"):
+        erase(workspace, user)
+    assert files_naming(workspace, user) == before
+    path.unlink()  # the cure that the message names
+    erase(workspace, user)
+    assert files_naming(workspace, user) == []
+    evaluate.test(workspace.stage(1).on(1), Silent())
+    assert user not in names_in(path)
 
 
 def test_samples_that_replay_keeps_lose_the_person(tmp_path: Path) -> None:
