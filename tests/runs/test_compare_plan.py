@@ -173,6 +173,21 @@ def test_baselines_have_the_training_data_of_the_strategies(tmp_path):
     assert [run.task.root for run in default.baselines] == [run.task.root for run in tested.baselines]
 
 
+def test_baselines_do_not_have_what_a_strategy_changes_for_itself(tmp_path):
+    own = {
+        "strategy": "single",
+        "training": {"users": "all"},
+        "prompt": {"window": 5},
+        "decoding": {"beams": 11},
+        "evaluation": {"k": [3]},
+    }
+    plan = plan_of(tmp_path, {"strategies": {"own": own, "single": "single"}, "baselines": ["sasrec"]})
+    alone = plan_of(tmp_path, {"strategies": ["single"], "baselines": ["sasrec"]})
+    assert [run.task.config.training.users for run in plan.runs] == ["all", "tested"]
+    assert [run.task.config for run in plan.baselines] == [run.task.config for run in alone.baselines]
+    assert [run.task.root for run in plan.baselines] == [run.task.root for run in alone.baselines]
+
+
 def test_baselines_of_a_comparison_and_common_ones_mean_the_same(tmp_path):
     inside = plan_of(tmp_path, {"strategies": ["single"], "baselines": ["ease"]})
     outside = plan_of(tmp_path, {"strategies": ["single"]}, baselines=["ease"])

@@ -247,12 +247,14 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
         except ConfigError as error:
             raise ConfigError(f"{', '.join(variant.name for variant in chosen)}: {error}") from None
 
-    runs = []
+    runs, plain = [], dict[tuple[str, str, int], Config]()
+    without = variants({UNCHANGED: UNCHANGED}, "strategy", "compare.strategies")[0]
     count = len(compare.seeds) * len(data) * len(backbones) * (len(strategies) + len(tuned))
     if count > MOST_VARIANTS:
         raise ConfigError(f"compare: {count:,} runs; at most {MOST_VARIANTS:,} can be compared at once")
     for seed, of_data, of_backbone in ((s, d, b) for s in compare.seeds for d in data for b in backbones):
         cell = (of_data.name, of_backbone.name)
+        plain[(*cell, seed)] = resolve(seed, of_data, of_backbone, without)
         for strategy in strategies:
             config = resolve(seed, of_data, of_backbone, strategy)
             fixed = config.strategy.name == UNCHANGED and compare.share_base
@@ -288,7 +290,7 @@ def make_plan(source: Path, root: Path, overrides: Sequence[str] = ()) -> Plan:
         runs,
         common,
         compare,
-        _baseline_runs(root, runs, common.baselines if asked is None else asked, fused),
+        _baseline_runs(root, runs, plain, common.baselines if asked is None else asked, fused),
         [
             _transfer(run)
             for run in runs
@@ -328,37 +330,52 @@ def _transfer(run: Run) -> Run:
 
 
 def _baseline_runs(
-    root: Path, runs: Sequence[Run], configs: Sequence[BaselineOptions], fused: Set[str]
+    root: Path,
+    runs: Sequence[Run],
+    plain: Mapping[tuple[str, str, int], Config],
+    configs: Sequence[BaselineOptions],
+    fused: Set[str],
 ) -> list[Run]:
-    """Each baseline on every data set and backbone: once if it is not random, else with each seed."""
+    """Each baseline on every data set and backbone: once if it is not random, else with each seed.
+
+    Args:
+        plain: for each data set, backbone and seed, the configuration without what strategies change.
+    """
     cells: dict[tuple[str, str, int | None], Run] = {}
     for run in runs:
         cells.setdefault((run.data, run.backbone, run.seed), run)
     seeded = {key: run for key, run in cells.items() if key[2] is not None} or cells
     first = {(data, backbone): run for (data, backbone, _), run in reversed(seeded.items())}
     found = []
+
+    def of(run: Run) -> Config:
+        return plain[run.data, run.backbone, run.task.config.seed]
+
     for config in configs:
         if config.fused:
             found += [_hybrid(root, run, config) for run in runs if run.strategy in fused]
         elif is_random(config):
-            found += [_plain_baseline(root, run, config, run.task.config.seed) for run in seeded.values()]
+            found += [
+                _plain_baseline(root, run, of(run), config, run.task.config.seed) for run in seeded.values()
+            ]
         else:
-            found += [_plain_baseline(root, run, config, None) for run in reversed(first.values())]
+            found += [_plain_baseline(root, run, of(run), config, None) for run in reversed(first.values())]
     return found
 
 
-def _plain_baseline(root: Path, run: Run, config: BaselineOptions, seed: int | None) -> Run:
-    """A baseline that needs only the data of a run; runs with other backbones share it."""
+def _plain_baseline(root: Path, run: Run, plain: Config, config: BaselineOptions, seed: int | None) -> Run:
+    """A baseline that needs only the data of a run; runs with other backbones share it. It is trained and
+    tested as the configuration ``plain`` says, whatever the strategy of the run changes."""
     theirs, data = run.task.config, run.task.data
     assert data is not None
     own = Config(
         data=theirs.data,
         items=theirs.items,
-        prompt=PromptConfig(window=theirs.prompt.window),
+        prompt=PromptConfig(window=plain.prompt.window),
         strategy=strategy_options(UNCHANGED),
-        training=TrainingConfig(device=theirs.training.device, users=theirs.training.users),
-        decoding=DecodingConfig(beams=theirs.decoding.beams),
-        evaluation=EvaluationConfig(k=theirs.evaluation.k),
+        training=TrainingConfig(device=plain.training.device, users=plain.training.users),
+        decoding=DecodingConfig(beams=plain.decoding.beams),
+        evaluation=EvaluationConfig(k=plain.evaluation.k),
         seed=theirs.seed_of_data if seed is None else seed,
         data_seed=theirs.seed_of_data,
     )
