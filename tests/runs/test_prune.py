@@ -30,11 +30,6 @@ def _no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peso.runs.report.report", lambda workspaces, directory: None)
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, every_file: Path) -> Workspace:
-    return Workspace.open(shutil.copytree(every_file, tmp_path / "w"))
-
-
 def weights(workspace: Workspace, number: int) -> list[str]:
     folder = workspace.stage(number).directory
     return [str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")]
