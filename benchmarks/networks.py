@@ -12,7 +12,8 @@ stages in succession, and each differs from the one before it in one respect:
     undropped   without dropout of the attention weights, which `backbone.dropout` has not either
     unscaled    item vectors are not multiplied by √width where they are read
     summed      an item is read as the mean of the vectors of its codes, not as a vector of its own
-    codes       an item is read as its codes, one position each, as a model of `peso` reads it
+    codes       an item is read as its codes, one position each
+    both        its vector is added to the last of these codes, as a model of `peso` reads it
 
 All of them score items by the vectors of a table with a row for each item. Printed are NDCG@10 and the
 log-probability of the targets, on the validation and test cases of stage 0 and of the later stages: of the
@@ -41,7 +42,7 @@ from peso.model.backbone import add_dropout, small_llama
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
-NETWORKS = "sasrec", "llama", "undropped", "unscaled", "summed", "codes"
+NETWORKS = "sasrec", "llama", "undropped", "unscaled", "summed", "codes", "both"
 SETTING = {"learning_rate": 1e-3, "dropout": 0.5, "weight_decay": 0.3}
 
 
@@ -49,8 +50,11 @@ class LlamaItems(CausalItems):
     """A small Llama in place of SASRec's layers.
 
     Args:
-        codes: int64 (items, levels), or None if items are read as vectors of their own.
+        codes: int64 (items, levels), or None if items are not read by their codes.
         positions: whether each code has a position of its own.
+        own: whether items are read by vectors of their own.
+        dropped: whether attention weights are dropped in training.
+        scaled: whether what is read is multiplied by √width.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class LlamaItems(CausalItems):
         codes: Tensor | None,
         *,
         positions: bool,
+        own: bool,
         dropped: bool,
         scaled: bool,
     ) -> None:
@@ -70,13 +75,13 @@ class LlamaItems(CausalItems):
         nn.init.normal_(self.item.weight, std=width**-0.5)
         with torch.no_grad():
             self.item.weight[items] = 0
-        self.positions, self.scale = positions, width**0.5 if scaled else 1.0
+        self.positions, self.own, self.scale = positions, own, width**0.5 if scaled else 1.0
         self.read = None
         if codes is not None:
             levels, size = codes.shape[1], int(codes.max()) + 1
-            own = codes + size * torch.arange(levels)
+            rows = codes + size * torch.arange(levels)
             padding = torch.full((1, levels), size * levels)
-            self.register_buffer("rows", torch.cat([own, padding]), persistent=False)
+            self.register_buffer("rows", torch.cat([rows, padding]), persistent=False)
             self.read = nn.Embedding(size * levels + 1, width, padding_idx=size * levels)
             nn.init.normal_(self.read.weight, std=width**-0.5)
             with torch.no_grad():
@@ -98,6 +103,8 @@ class LlamaItems(CausalItems):
         codes = self.read(cast(Tensor, self.rows)[items])  # (n, length, levels, width)
         if not self.positions:
             return self._states(codes.mean(2))
+        if self.own:
+            codes = torch.cat([codes[:, :, :-1], codes[:, :, -1:] + self.item(items).unsqueeze(2)], 2)
         return self._states(codes.flatten(1, 2))[:, codes.shape[2] - 1 :: codes.shape[2]]
 
     def _states(self, embedded: Tensor) -> Tensor:
@@ -120,8 +127,9 @@ class Trained(SasRec):
             return LlamaItems(
                 self.items,
                 self.used,
-                self.codes if self.kind in ("summed", "codes") else None,
-                positions=self.kind == "codes",
+                self.codes if self.kind in ("summed", "codes", "both") else None,
+                positions=self.kind in ("codes", "both"),
+                own=self.kind not in ("summed", "codes"),
                 dropped=step < NETWORKS.index("undropped"),
                 scaled=step < NETWORKS.index("unscaled"),
             )
