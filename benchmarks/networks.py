@@ -15,7 +15,10 @@ stages in succession, and each differs from the one before it in one respect:
     codes       an item is read as its codes, one position each
     both        its vector is added to the last of these codes, as a model of `peso` reads it
 
-All of them score items by the vectors of a table with a row for each item. Printed are NDCG@10 and the
+`model` is the workspace's own model, as it was trained, by codes and item head. It has one seed, that of the
+workspace.
+
+All networks score items by the vectors of a table with a row for each item. Printed are NDCG@10 and the
 log-probability of the targets, on the validation and test cases of stage 0 and of the later stages: of the
 network, and of its product with the counts, p(network and counts, prior 30)^0.5 · p(network)^0.5. Items that
 users have had are left out if the baseline leaves them out, and the temperature of a network is fitted as
@@ -26,23 +29,28 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from pool_forms import PRIORS, counted, figures, seen_ids
+from pool_forms import PRIORS, counted, figures, of_codes, of_items, seen_ids, share_of
 from torch import Tensor, nn
 
 from peso.baselines.baseline import BaselineAnswers, Setting, repeats_occur
 from peso.baselines.networks import CausalItems, seeded
 from peso.baselines.sasrec import SasRec
 from peso.decoding.pool import Evidence
+from peso.events.histories import Cases
 from peso.model.backbone import add_dropout, small_llama
+from peso.runs.stage import RunStage
 from peso.runs.workspace import Workspace
 from peso.runtime.progress import Silent
 
 NETWORKS = "sasrec", "llama", "undropped", "unscaled", "summed", "codes", "both"
+MODEL = "model"
 SETTING = {"learning_rate": 1e-3, "dropout": 0.5, "weight_decay": 0.3}
 
 
@@ -143,26 +151,47 @@ def trained(kind: str, codes: Tensor, setting: Setting, options: dict[str, Any])
     return cast(Trained, baseline)
 
 
+def of_answers(answers: BaselineAnswers, cases: Cases) -> np.ndarray:
+    """The probabilities of all semantic IDs by a network: float64 (cases, leaves)."""
+    return np.exp(answers.log_probabilities(cases))
+
+
+def codes_and_head(stage: RunStage, cases: Cases) -> np.ndarray:
+    """The same by the model of a stage, without its counts."""
+    model = stage.answering_model()
+    share = share_of(model, cases)
+    return share * of_items(model, cases) + (1 - share) * of_codes(stage, model, cases)
+
+
 def measure(workspace: Workspace, kind: str, seed: int, options: dict[str, Any], most: int) -> dict[str, Any]:
     """The figures of one network on stage 0 and over the later stages of a workspace."""
     stream, ids, window = workspace.stream, workspace.semantic_ids, workspace.config.prompt.window
     trie, codes = ids.trie, torch.from_numpy(np.asarray(ids.codes).astype(np.int64))
     depth = workspace.config.decoding.beams
-    network = trained(kind, codes, Setting(trie, window, seed, depth=depth), options)
+    network = None
+    if kind != MODEL:
+        network = trained(kind, codes, Setting(trie, window, seed, depth=depth), options)
     learned, found = [], dict[str, list[dict[str, np.ndarray]]]()
     for number in range(stream.stages):
         stages = [stream.stage(each) for each in range(number + 1)]
-        learned.append(network.learn(stages, Silent()))
-        validation, repeats = stages[-1].validation_cases(window), repeats_occur(stages)
-        answers = BaselineAnswers.fitted(network, trie, validation, repeats=repeats)
+        validation = stages[-1].validation_cases(window)
+        probabilities: Callable[[Cases], np.ndarray]
+        if network is None:
+            learned.append(workspace.stage(number).metrics["training"])
+            probabilities = partial(codes_and_head, workspace.stage(number))
+        else:
+            learned.append(network.learn(stages, Silent()))
+            answers = BaselineAnswers.fitted(network, trie, validation, repeats=repeats_occur(stages))
+            probabilities = partial(of_answers, answers)
         transitions = workspace.stage(number).answering_model().transitions
-        assert transitions is not None
+        if transitions is None:
+            raise SystemExit(f"{workspace.root}: the model has no counts of transitions")
         for name, cases in (
             ("validation", validation.spread(most)),
             ("test", stages[-1].test_cases(window).spread(most)),
         ):
             targets, seen = trie.leaf_of[cases.targets], seen_ids(cases, trie.leaf_of, trie.leaves)
-            alone = np.exp(answers.log_probabilities(cases))
+            alone = probabilities(cases)
             evidence = Evidence.of(transitions, trie, cases.histories, torch.device("cpu"))
             product = np.sqrt(alone * counted(alone, evidence, PRIORS[0]))
             product /= product.sum(1, keepdims=True)
@@ -171,8 +200,7 @@ def measure(workspace: Workspace, kind: str, seed: int, options: dict[str, Any],
             found.setdefault(f"{name}, with counts", []).append(figures(product, targets, seen))
     result: dict[str, Any] = {
         "network": kind,
-        "seed": seed,
-        "weights": sum(each.numel() for each in network.network.parameters()),
+        "seed": workspace.config.seed if kind == MODEL else seed,
         "best_epochs": [each["best_epoch"] for each in learned],
         "seconds": [each["seconds"] for each in learned],
     }
@@ -187,7 +215,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workspace", type=Path, help="a workspace with a trained model")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--networks", nargs="+", choices=(*NETWORKS, MODEL), default=NETWORKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--quick", action="store_true", help="two epochs, one seed, 64 cases of each stage")
@@ -197,11 +225,13 @@ def main() -> None:
     options = {**SETTING, "width": arguments.width, **({"epochs": 2} if arguments.quick else {})}
     for seed in arguments.seeds[: 1 if arguments.quick else None]:
         for kind in arguments.networks:
+            if kind == MODEL and seed != arguments.seeds[0]:
+                continue
             result = measure(workspace, kind, seed, options, 64 if arguments.quick else 1_000_000)
             if arguments.json:
                 print(json.dumps(result), flush=True)
                 continue
-            print(f"{kind}, seed {seed}, best epochs {result['best_epochs']}", flush=True)
+            print(f"{kind}, seed {result['seed']}, best epochs {result['best_epochs']}", flush=True)
             for name, value in result.items():
                 if ":" in name:
                     print(f"    {name} {value:.4f}", flush=True)
